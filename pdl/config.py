@@ -1,0 +1,440 @@
+"""The configuration of a run: a YAML file plus `section.key=value` overrides, checked as a whole before anything starts."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import math
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
+
+import yaml
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+class UserError(Exception):
+    """Something the user can mend. Shown without a traceback; the process ends with exit code 2."""
+
+
+@dataclass
+class DataConfig:
+    train: Any = None  # a path (.jsonl .json .csv .tsv .parquet), {source: a.txt, target: b.txt}, or hub:owner/name[/config][@revision]:split
+    validation: Any = None
+    test: Any = None  # optional: generated from and scored at the end
+    source_field: str | None = None  # which field of a record is the source; without it the recipe decides
+    target_field: str | None = None
+    max_source_tokens: int = 512  # special tokens included
+    max_target_tokens: int = 128
+
+
+@dataclass
+class ModelConfig:
+    name_or_path: str | None = None  # a pretrained model: hub name or directory
+    architecture: str | None = (
+        None  # or a new one: a transformers model type (t5, llama, ...), its other settings beside it
+    )
+    dropout: float | None = None  # every dropout of the model; 0 makes runs equal on any layout
+    settings: dict[str, Any] = field(
+        default_factory=dict
+    )  # what stands beside `architecture`, handed to the transformers config
+
+
+@dataclass
+class TokenizerConfig:
+    name_or_path: str | None = None  # default: the pretrained model's own
+    vocab_size: int | None = None  # or trained on the training data (SentencePiece BPE)
+
+
+@dataclass
+class LossConfig:
+    name: Literal["power_law", "cross_entropy"] = "power_law"
+    alpha: float | None = None  # strength of the decay; power_law has no default: state it
+    epsilon: float = 1e-8  # in the unit of `frequency`
+    frequency: Literal["probability", "count"] = "probability"
+    unseen: Literal["rarest", "epsilon"] = "rarest"
+    normalize: bool = True
+    reduction: Literal["weighted_mean", "token_mean", "sum"] = "weighted_mean"
+    max_weight: float | None = None
+    general_corpus: str | None = None  # a text file, or a frequency file made with the same tokenizer
+    general_weight: float = 0.0  # share of the general corpus in the frequencies
+    path: Literal["head", "logits"] = "head"  # where the loss is computed; `logits` serves models whose head cannot
+
+
+@dataclass
+class TrainingConfig:
+    output_dir: str | None = None  # default: runs/<task>/<config>-<loss>-alpha<alpha>-seed<seed>
+    resume: Literal["auto", "never"] = "auto"
+    seed: int = 0
+    global_batch_size: int | None = None  # examples per optimizer step, over all ranks
+    micro_batch_size: int | None = None  # examples per forward on one rank; accumulation is derived
+    max_steps: int | None = None  # optimizer steps; this or epochs
+    epochs: float | None = None
+    learning_rate: float | None = None  # AdamW, the peak of the schedule
+    schedule: Literal["constant", "linear", "cosine"] = "linear"
+    schedule_steps: int | None = None  # where the schedule reaches 0; default: the last step
+    warmup_steps: int = 0
+    weight_decay: float = 0.0  # on matrices; biases and norms have none
+    max_grad_norm: float = 1.0  # 0 switches clipping off
+    precision: Literal["fp32", "bf16"] = "fp32"
+    deterministic: bool = False  # refuse operations without a deterministic implementation
+    log_every: int = 10  # steps between log lines
+    evaluate_every: int = 100  # steps between validations; also at step 0 and at the end
+    save_every: int = 500  # steps between checkpoints
+    keep_checkpoints: int = 2
+
+
+@dataclass
+class EvaluationConfig:
+    examples: int = 200  # test examples generated and scored at the end; 0 for none
+
+
+@dataclass
+class Config:
+    task: str | None = None  # a folder of recipes/, or the path of a recipe file; without one only losses are reported
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    deepspeed: str = "configs/deepspeed/zero2.json"
+
+    def accumulation(self, world_size: int) -> int:
+        """Micro-batches of one optimizer step on each rank."""
+        return self.training.global_batch_size // (self.training.micro_batch_size * world_size)
+
+    @property
+    def zero_stage(self) -> int:
+        return self.deepspeed_sharding().get("zero_optimization", {}).get("stage", 0)
+
+    def deepspeed_sharding(self) -> dict:
+        """What the DeepSpeed JSON says: sharding and offload only."""
+        return json.loads(Path(self.deepspeed).read_text(encoding="utf-8"))
+
+    def to_dict(self) -> dict:
+        """The configuration as its YAML file would say it, every default filled in."""
+        resolved = dataclasses.asdict(self)
+        resolved["model"].update(resolved["model"].pop("settings"))
+        return resolved
+
+
+def load_config(path: str | Path, overrides: list[str] = (), world_size: int = 1) -> Config:
+    """Read, override and check a configuration.
+
+    overrides: `section.key=value`, the value in YAML; `null` sets a key back to its default.
+    Raises UserError that names every problem found, each with what would be right.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"config file {path} does not exist")
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except yaml.YAMLError as error:
+        raise UserError(f"{path} is not YAML: {error}") from error
+    if not isinstance(tree, dict):
+        raise UserError(f"{path} must hold sections (task, data, model, ...), not {type(tree).__name__}")
+
+    problems: list[str] = []
+    for override in overrides:
+        _override(tree, override, problems)
+    unusable: set[str] = set()
+    config = _fill(Config, tree, "", problems, unusable)
+    found: list[str] = []
+    _check_values(config, world_size, found)
+    # A value that could not be read was left at its default; what that default lacks is no second problem.
+    problems += [problem for problem in found if not any(key in problem for key in unusable)]
+    if problems:
+        raise UserError(_listed(f"{path}: the configuration cannot be used", problems))
+    if config.training.output_dir is None:
+        alpha = config.loss.alpha if config.loss.name == "power_law" else 0
+        task = Path(config.task).parent.name if config.task and config.task.endswith(".py") else config.task
+        run = f"{path.stem}-{config.loss.name}-alpha{alpha:g}-seed{config.training.seed}"
+        config.training.output_dir = str(Path("runs", task or "none", run))
+    return config
+
+
+def _listed(title: str, problems: list[str]) -> str:
+    return "\n  - ".join([title + (f" ({len(problems)} problems)" if len(problems) > 1 else ""), *problems])
+
+
+def _override(tree: dict, override: str, problems: list[str]) -> None:
+    keys, separator, value = override.partition("=")
+    if not separator or not keys:
+        problems.append(f"override {override!r} is not of the form section.key=value")
+        return
+    try:
+        value = yaml.safe_load(value)
+    except yaml.YAMLError:
+        problems.append(f"override {override!r}: the value is not YAML; quote it")
+        return
+    *sections, key = keys.split(".")
+    for section in sections:
+        if not isinstance(tree.get(section), dict):
+            tree[section] = {}
+        tree = tree[section]
+    tree[key] = value
+
+
+def _fill(cls: type, tree: dict, prefix: str, problems: list[str], unusable: set[str]) -> Any:
+    """An instance of the dataclass `cls` from a mapping; what does not fit is added to `problems`, its key to `unusable`."""
+    hints = typing.get_type_hints(cls)
+    hints.pop("settings", None)
+    settings = {}
+    values = {}
+    for key, value in tree.items():
+        name = f"{prefix}{key}"
+        if key not in hints:
+            if cls is ModelConfig and tree.get("architecture"):
+                if value is not None:
+                    settings[key] = value
+                continue
+            near = difflib.get_close_matches(str(key), hints, n=1)
+            problems.append(
+                f"{name} is not a key"
+                + (f"; did you mean {prefix}{near[0]}?" if near else f"; there are {', '.join(hints)}")
+            )
+        elif dataclasses.is_dataclass(hints[key]):
+            if value is not None and not isinstance(value, dict):
+                problems.append(f"{name} must be a section, not {value!r}")
+                unusable.add(f"{name}.")
+            else:
+                values[key] = _fill(hints[key], value or {}, f"{name}.", problems, unusable)
+        elif value is not None:  # null leaves the default
+            try:
+                values[key] = _coerce(value, hints[key])
+            except ValueError as error:
+                problems.append(f"{name}={value!r}: {error}")
+                unusable.add(name)
+    if settings:
+        values["settings"] = settings
+    return cls(**values)
+
+
+def _coerce(value: Any, hint: Any) -> Any:
+    """`value` as the type of a field. YAML reads 1e-8 as a string and `no` as a bool; only what is meant is accepted."""
+    if hint is Any:
+        return value
+    if isinstance(hint, types.UnionType):
+        hint = next(option for option in get_args(hint) if option is not type(None))
+    if get_origin(hint) is Literal:
+        if value not in get_args(hint):
+            raise ValueError(f"must be one of {', '.join(get_args(hint))}")
+        return value
+    if hint is bool:
+        if not isinstance(value, bool):
+            raise ValueError("must be true or false")
+        return value
+    if hint is str:
+        if not isinstance(value, (str, int, float)) or isinstance(value, bool):
+            raise ValueError("must be a text")
+        return str(value)
+    if isinstance(value, bool):
+        raise ValueError("must be a number")
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        raise ValueError("must be a number") from None
+    if hint is int:
+        if not number.is_integer():
+            raise ValueError("must be a whole number")
+        return int(number)
+    return number
+
+
+# --- what values may be, alone and together ---
+
+_OURS = {  # DeepSpeed keys that are written by us, and where they are set instead
+    "train_batch_size": "training.global_batch_size",
+    "train_micro_batch_size_per_gpu": "training.micro_batch_size",
+    "gradient_accumulation_steps": "training.global_batch_size and training.micro_batch_size",
+    "gradient_clipping": "training.max_grad_norm",
+    "fp16": "training.precision",
+    "bf16": "training.precision",
+    "bfloat16": "training.precision",
+    "amp": "training.precision",
+    "torch_autocast": "training.precision",
+    "data_types": "training.precision",
+    "communication_data_type": "training.precision",
+    "optimizer": "training.learning_rate and training.weight_decay",
+    "scheduler": "training.schedule",
+    "zero_allow_untested_optimizer": "nowhere: it follows from the optimizer",
+}
+_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
+
+
+def _check_values(config: Config, world_size: int, problems: list[str]) -> None:
+    data, model, tokenizer, loss, training = config.data, config.model, config.tokenizer, config.loss, config.training
+
+    def need(holds: bool, problem: str) -> None:
+        if not holds:
+            problems.append(problem)
+
+    for split in ("train", "validation", "test"):
+        value = getattr(data, split)
+        if value is not None:
+            _check_data_source(f"data.{split}", value, problems)
+        else:
+            need(
+                split == "test",
+                f"data.{split} is missing: a file, {{source: a.txt, target: b.txt}}, or hub:owner/name:split",
+            )
+    need(data.max_source_tokens > 0, f"data.max_source_tokens={data.max_source_tokens} must be > 0")
+    need(
+        data.max_target_tokens > 1,
+        f"data.max_target_tokens={data.max_target_tokens} must be > 1 (a token and the end of sequence)",
+    )
+    if config.task is not None:
+        try:
+            recipe_path(config.task)
+        except UserError as error:
+            problems.append(str(error))
+
+    need(
+        (model.name_or_path is None) != (model.architecture is None),
+        "state model.name_or_path or model.architecture, one of the two",
+    )
+    need(model.dropout is None or 0 <= model.dropout < 1, f"model.dropout={model.dropout} must lie in [0, 1)")
+    if model.architecture is not None:
+        need(
+            (tokenizer.name_or_path is None) != (tokenizer.vocab_size is None),
+            "a model built from model.architecture needs tokenizer.name_or_path or tokenizer.vocab_size, one of the two",
+        )
+    elif model.name_or_path is not None:
+        need(
+            tokenizer.vocab_size is None,
+            "tokenizer.vocab_size trains a new tokenizer, which a pretrained model does not know; leave it out",
+        )
+    need(
+        tokenizer.vocab_size is None or tokenizer.vocab_size >= 300,
+        "tokenizer.vocab_size must be >= 300: 256 bytes, special tokens and characters",
+    )
+
+    if loss.name == "power_law":
+        need(
+            loss.alpha is not None,
+            "loss.alpha is missing: state it for power_law (0.25 is mild, 0.75 strong, 0 is cross-entropy)",
+        )
+    need(
+        loss.alpha is None or (math.isfinite(loss.alpha) and loss.alpha >= 0),
+        f"loss.alpha={loss.alpha} must be finite and >= 0",
+    )
+    need(math.isfinite(loss.epsilon) and loss.epsilon > 0, f"loss.epsilon={loss.epsilon} must be finite and > 0")
+    if loss.max_weight is not None:
+        need(loss.max_weight > 0, f"loss.max_weight={loss.max_weight} must be > 0")
+        need(
+            not loss.normalize or loss.max_weight >= 1,
+            f"loss.max_weight={loss.max_weight} must be >= 1 with loss.normalize: the mean weight is 1",
+        )
+    need(0 <= loss.general_weight <= 1, f"loss.general_weight={loss.general_weight} must lie in [0, 1]")
+    need(
+        (loss.general_corpus is None) == (loss.general_weight == 0),
+        "loss.general_corpus and a loss.general_weight > 0 go together: one without the other does nothing",
+    )
+    if loss.general_corpus is not None:
+        need(
+            loss.frequency == "probability",
+            "loss.frequency=count cannot be mixed with loss.general_corpus: the two have different totals",
+        )
+        need(Path(loss.general_corpus).is_file(), f"loss.general_corpus={loss.general_corpus} does not exist")
+
+    for key in ("global_batch_size", "micro_batch_size", "learning_rate"):
+        value = getattr(training, key)
+        need(value is not None, f"training.{key} is missing")
+        need(value is None or value > 0, f"training.{key}={value} must be > 0")
+    if (
+        training.global_batch_size
+        and training.micro_batch_size
+        and training.global_batch_size > 0
+        and training.micro_batch_size > 0
+    ):
+        unit = training.micro_batch_size * world_size
+        nearest = max(1, round(training.global_batch_size / unit)) * unit
+        need(
+            training.global_batch_size % unit == 0,
+            f"training.global_batch_size={training.global_batch_size} is not a multiple of training.micro_batch_size={training.micro_batch_size} "
+            f"x {world_size} ranks; {nearest} would be",
+        )
+    need(
+        (training.max_steps is None) != (training.epochs is None),
+        "state training.max_steps or training.epochs, one of the two",
+    )
+    for key in (
+        "max_steps",
+        "epochs",
+        "schedule_steps",
+        "log_every",
+        "evaluate_every",
+        "save_every",
+        "keep_checkpoints",
+    ):
+        value = getattr(training, key)
+        need(value is None or value > 0, f"training.{key}={value} must be > 0")
+    for key in ("warmup_steps", "weight_decay", "max_grad_norm", "seed"):
+        value = getattr(training, key)
+        need(math.isfinite(value) and value >= 0, f"training.{key}={value} must be finite and >= 0")
+    need(config.evaluation.examples >= 0, f"evaluation.examples={config.evaluation.examples} must be >= 0")
+    _check_deepspeed(config, problems)
+
+
+def _check_data_source(name: str, value: Any, problems: list[str]) -> None:
+    if isinstance(value, dict):
+        if set(value) != {"source", "target"}:
+            problems.append(
+                f"{name} as parallel files has the two keys source and target, not {', '.join(map(str, value))}"
+            )
+            return
+        for side, path in value.items():
+            if not Path(str(path)).is_file():
+                problems.append(f"{name}.{side}={path} does not exist")
+    elif not isinstance(value, str):
+        problems.append(
+            f"{name}={value!r} is neither a path, {{source: a.txt, target: b.txt}}, nor hub:owner/name:split"
+        )
+    elif value.startswith("hub:"):
+        if value.count(":") < 2 or not value.rpartition(":")[2] or value.startswith("hub::"):
+            problems.append(f"{name}={value} names no split: hub:owner/name[/config][@revision]:split")
+    elif Path(value).suffix not in _SUFFIXES:
+        problems.append(f"{name}={value} must end in {', '.join(_SUFFIXES)}, or start with hub:")
+    elif not Path(value).is_file():
+        problems.append(f"{name}={value} does not exist")
+
+
+def _check_deepspeed(config: Config, problems: list[str]) -> None:
+    path = config.deepspeed
+    if not Path(path).is_file():
+        problems.append(f"deepspeed={path} does not exist; configs/deepspeed/ holds zero0.json to zero3.json")
+        return
+    try:
+        sharding = config.deepspeed_sharding()
+        stage = config.zero_stage
+    except (ValueError, AttributeError) as error:
+        problems.append(f"deepspeed={path} is not a DeepSpeed JSON file: {error}")
+        return
+    for key in sharding:
+        if key in _OURS:
+            problems.append(
+                f"deepspeed={path} sets {key}, which is set by {_OURS[key]}; the file holds sharding and offload only"
+            )
+    if stage not in (0, 1, 2, 3):
+        problems.append(f"deepspeed={path}: zero_optimization.stage={stage} must be 0, 1, 2 or 3")
+    if stage == 0 and config.training.precision == "bf16":
+        problems.append(
+            "training.precision=bf16 needs ZeRO stage 1, 2 or 3: at stage 0 DeepSpeed cannot accumulate bf16 gradients in fp32; "
+            "use configs/deepspeed/zero1.json, or training.precision=fp32"
+        )
+
+
+def recipe_path(task: str) -> Path:
+    """The recipe file of a task: a folder of recipes/ or a path ending in .py. Raises UserError when there is none."""
+    path = Path(task) if task.endswith(".py") else REPOSITORY / "recipes" / task / "recipe.py"
+    if not path.is_file():
+        there = sorted(folder.parent.name for folder in (REPOSITORY / "recipes").glob("*/recipe.py"))
+        near = difflib.get_close_matches(task.replace("-", "_"), there, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(there)}, or give the path of a recipe.py"
+        raise UserError(f"task={task} has no recipe; {hint}")
+    return path

@@ -1,0 +1,106 @@
+"""Ranks: one process group, and ways to agree so that all ranks go on together or end together."""
+
+from __future__ import annotations
+
+import os
+import socket
+import warnings
+from collections.abc import Callable
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+
+from pdl.config import UserError
+
+T = TypeVar("T")
+
+# Preparing data (tokenizing, counting) is waited for inside a collective; the default of 10 minutes is too short for it.
+_TIMEOUT = timedelta(hours=2)
+
+
+def start() -> None:
+    """Join the process group that torchrun or deepspeed describes in the environment, or be a group of one."""
+    # DeepSpeed calls collectives under names that torch is about to rename; nothing a user can act on.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
+    # DeepSpeed picks the accelerator from this, also where a CUDA build of torch finds no GPU.
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+    if "RANK" not in os.environ:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = str(free.getsockname()[1])
+        os.environ.update(
+            RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", LOCAL_WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=port
+        )
+    if torch.cuda.is_available():
+        torch.cuda.set_device(local_rank())
+    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=_TIMEOUT)
+
+
+def stop() -> None:
+    """Leave together: launchers kill the other ranks when the first process ends."""
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def rank() -> int:
+    return dist.get_rank()
+
+
+def world_size() -> int:
+    return dist.get_world_size()
+
+
+def local_rank() -> int:
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def device() -> torch.device:
+    return torch.device("cuda", local_rank()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def summed(values: torch.Tensor) -> torch.Tensor:
+    """The sum over ranks of a tensor of any device, as a new tensor on this rank's device."""
+    total = values.detach().to(device(), copy=True)
+    dist.all_reduce(total)
+    return total
+
+
+def gathered(value: T) -> list[T]:
+    """Every rank's value, in the order of ranks, on every rank."""
+    values: list = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def together(work: Callable[[], T]) -> T:
+    """Run `work` on every rank; a UserError on any of them is raised on all, so that no rank waits for one that left."""
+    result, message = None, None
+    try:
+        result = work()
+    except UserError as error:
+        message = str(error)
+    messages = [message for message in gathered(message) if message is not None]
+    if messages:
+        raise UserError(messages[0])
+    return result
+
+
+def first_then_rest(work: Callable[[], T]) -> T:
+    """Run `work` on one rank of each node, then on the others: the first fills the caches that the rest read."""
+    if local_rank() == 0:
+        result = together(work)
+        together(lambda: None)
+    else:
+        together(lambda: None)
+        result = together(work)
+    return result
+
+
+def require_equal(**values: object) -> None:
+    """Refuse to start when ranks see different values (another config, another data file)."""
+    for name, seen in {name: gathered(value) for name, value in values.items()}.items():
+        if any(other != seen[0] for other in seen):
+            odd = [f"rank {r} has {value}" for r, value in enumerate(seen) if value != seen[0]]
+            raise UserError(f"the ranks disagree on {name}: rank 0 has {seen[0]}, {', '.join(odd)}")

@@ -1,0 +1,56 @@
+"""Generation: greedy, batched, spread over ranks, the same texts on any number of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from pdl import distributed
+from pdl.data import Encoder
+
+
+def load_exported(directory: Path):
+    """The model in `directory`, on this rank's device, ready to generate."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+    auto = AutoModelForSeq2SeqLM if AutoConfig.from_pretrained(directory).is_encoder_decoder else AutoModelForCausalLM
+    return auto.from_pretrained(directory).to(distributed.device()).eval()
+
+
+@torch.inference_mode()
+def generate(model, encoder: Encoder, sources: list[str], batch_size: int, progress=lambda done: None) -> list[str]:
+    """The model's output for each source, greedy, at most `encoder.max_target_tokens` long. A collective.
+
+    Batch b always holds the same sources and whole batches go to ranks, so padding, and with it rounding, does not
+    depend on the layout. Decoder-only prompts are padded on the left.
+    """
+    tokenizer, device = encoder.tokenizer, distributed.device()
+    tokens = encoder.sources(sources)
+    mine: dict[int, str] = {}
+    for number, start in enumerate(range(0, len(tokens), batch_size)):
+        if number % distributed.world_size() != distributed.rank():
+            continue
+        batch = tokens[start : start + batch_size]
+        length = max(len(row) for row in batch)
+        padding = [[tokenizer.pad_token_id] * (length - len(row)) for row in batch]
+        mask = [[0] * len(pad) + [1] * len(row) for pad, row in zip(padding, batch, strict=True)]
+        rows = [pad + row for pad, row in zip(padding, batch, strict=True)]
+        if encoder.is_encoder_decoder:
+            rows = [row + pad for pad, row in zip(padding, batch, strict=True)]
+            mask = [list(reversed(row)) for row in mask]
+        outputs = model.generate(
+            input_ids=torch.tensor(rows, device=device),
+            attention_mask=torch.tensor(mask, device=device),
+            max_new_tokens=encoder.max_target_tokens,
+            do_sample=False,
+            num_beams=1,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+        if not encoder.is_encoder_decoder:
+            outputs = outputs[:, length:]
+        for offset, output in enumerate(tokenizer.batch_decode(outputs, skip_special_tokens=True)):
+            mine[start + offset] = output
+        progress(len(mine))
+    whole = {index: text for part in distributed.gathered(mine) for index, text in part.items()}
+    return [whole[index] for index in range(len(sources))]

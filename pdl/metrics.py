@@ -1,0 +1,144 @@
+"""Exact metrics: numerators and denominators are summed over steps and ranks, and divided once.
+
+Written to `metrics.jsonl` (one object per logged step, TensorBoard tags as keys) and to TensorBoard.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import torch
+
+from pdl import distributed
+from pdl.cross_entropy import LossSums
+
+BUCKETS = ("head", "middle", "tail")
+
+
+def frequency_buckets(counts: torch.Tensor) -> torch.Tensor:
+    """The bucket of each token, int64 `[vocabulary]`: 0 head, 1 middle, 2 tail.
+
+    Tokens sorted by count, then id; a token is head while the probability mass before it is < 0.5, middle while < 0.9,
+    else tail. Unseen tokens are tail.
+    """
+    order = torch.sort(counts, descending=True, stable=True).indices
+    mass_before = (counts[order].cumsum(0) - counts[order]).double() / counts.sum()
+    buckets = torch.empty_like(counts)
+    buckets[order] = (mass_before >= 0.5).long() + (mass_before >= 0.9).long()
+    return buckets.masked_fill(counts == 0, 2)
+
+
+class Meter:
+    """Sums over supervised tokens, float64, on this rank until `values` reduces them over all.
+
+    weights, buckets: `[vocabulary]`. reduction: the `loss.reduction` that `loss` follows.
+    """
+
+    _NAMES = (
+        "steps", "seconds", "weighted", "weight", "weight_squared", "tokens", "correct", "positions", "read",
+        *(f"cross_entropy/{bucket}" for bucket in BUCKETS), *(f"tokens/{bucket}" for bucket in BUCKETS),
+    )  # fmt: skip
+
+    def __init__(self, weights: torch.Tensor, buckets: torch.Tensor, reduction: str):
+        self.weights, self.buckets, self.reduction = weights, buckets, reduction
+        self.sums = torch.zeros(len(self._NAMES), dtype=torch.float64, device=weights.device)
+
+    def add(self, sums: LossSums, labels: torch.Tensor, read: torch.Tensor | int = 0) -> None:
+        """Add one micro-batch. labels: those that gave `sums`. read: tokens the model read, padding excluded."""
+        supervised = labels[labels != -100]
+        losses = sums.token_losses.double()
+        weights = self.weights[supervised].double()
+        buckets = self.buckets[supervised]
+        by_bucket = torch.zeros(2, len(BUCKETS), dtype=torch.float64, device=losses.device)
+        by_bucket[0].index_add_(0, buckets, losses)
+        by_bucket[1].index_add_(0, buckets, torch.ones_like(losses))
+        scalars = [
+            0,
+            0,
+            (weights * losses).sum(),
+            weights.sum(),
+            weights.square().sum(),
+            len(losses),
+            sums.token_correct.sum(),
+            labels.numel(),
+            read,
+        ]
+        self.sums += torch.cat(
+            [torch.stack([torch.as_tensor(s, dtype=torch.float64, device=losses.device) for s in scalars]), *by_bucket]
+        )
+
+    def count_step(self, seconds: float) -> None:
+        self.sums[0] += 1
+        self.sums[1] += seconds
+
+    def reset(self) -> None:
+        self.sums.zero_()
+
+    def values(self, prefix: str) -> dict[str, float]:
+        """All metrics over everything added on any rank, tagged `prefix/...`. A collective: every rank calls it.
+
+        A bucket without a token leaves its cross-entropy out; without a counted step there is no speed.
+        """
+        total = dict(zip(self._NAMES, distributed.summed(self.sums).tolist(), strict=True))
+        tokens, steps = total["tokens"], total["steps"] / distributed.world_size()
+        cross_entropy = sum(total[f"cross_entropy/{bucket}"] for bucket in BUCKETS) / tokens
+        denominator = {"weighted_mean": total["weight"], "token_mean": tokens, "sum": max(steps, 1.0)}[self.reduction]
+        values = {
+            "loss": total["weighted"] / denominator if denominator else math.nan,
+            "cross_entropy": cross_entropy,
+            "perplexity": math.exp(cross_entropy) if cross_entropy < 700 else math.inf,
+            "accuracy": total["correct"] / tokens,
+            "weight_mean": total["weight"] / tokens,
+            "effective_sample_fraction": total["weight"] ** 2 / (tokens * total["weight_squared"])
+            if total["weight_squared"]
+            else 0.0,
+        }
+        for bucket in BUCKETS:
+            values[f"token_share/{bucket}"] = total[f"tokens/{bucket}"] / tokens
+            if total[f"tokens/{bucket}"]:
+                values[f"cross_entropy/{bucket}"] = total[f"cross_entropy/{bucket}"] / total[f"tokens/{bucket}"]
+        if steps:
+            values["supervised_fraction"] = tokens / total["positions"]
+            values["step_seconds"] = total["seconds"] / total["steps"]
+            values["tokens_per_second"] = total["read"] / (values["step_seconds"] * steps)
+        return {f"{prefix}/{name}": value for name, value in values.items()}
+
+
+class RunLog:
+    """`metrics.jsonl` and `tensorboard/` of a run directory. Rank 0 has one."""
+
+    def __init__(self, directory: Path, resumed_step: int | None):
+        """resumed_step: the step of the checkpoint that was loaded; what was logged after it is set aside, not lost."""
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.path = directory / "metrics.jsonl"
+        if resumed_step is not None and self.path.exists():
+            self._set_aside_after(resumed_step)
+        purge = None if resumed_step is None else resumed_step + 1
+        self.tensorboard = SummaryWriter(str(directory / "tensorboard"), purge_step=purge)
+
+    def _set_aside_after(self, step: int) -> None:
+        lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
+        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+        later = lines[len(kept) :]
+        if later:
+            with self.path.with_name(f"metrics.discarded-{step}.jsonl").open("a", encoding="utf-8") as discarded:
+                discarded.writelines(later)
+            partial = self.path.with_suffix(".partial")
+            partial.write_text("".join(kept), encoding="utf-8")
+            partial.replace(self.path)
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, **values}) + "\n")
+        for tag, value in values.items():
+            self.tensorboard.add_scalar(tag, value, step)
+        self.tensorboard.flush()
+
+    def lines(self) -> list[dict]:
+        return [json.loads(line) for line in self.path.read_text(encoding="utf-8").splitlines()]
+
+    def close(self) -> None:
+        self.tensorboard.close()

@@ -1,0 +1,171 @@
+"""The model, its optimizer, and the DeepSpeed engine around both."""
+
+from __future__ import annotations
+
+import logging
+import re
+
+import torch
+from torch import nn
+
+from pdl import distributed
+from pdl.config import Config, UserError
+
+
+def load_model_config(config: Config, tokenizer=None):
+    """The transformers config of the model, pretrained or new, with `model.dropout` applied.
+
+    tokenizer: gives a new model its vocabulary and special tokens; not needed to learn the kind of model.
+    Raises UserError for settings that the architecture does not know.
+    """
+    from transformers import CONFIG_MAPPING, AutoConfig
+
+    model = config.model
+    if model.name_or_path is not None:
+        try:
+            settings = AutoConfig.from_pretrained(model.name_or_path)
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"model.name_or_path={model.name_or_path} could not be loaded: {str(error).splitlines()[0]}"
+            ) from error
+    else:
+        if model.architecture not in CONFIG_MAPPING:
+            raise UserError(
+                f"model.architecture={model.architecture} is not a transformers model type, such as t5, bart, llama, qwen2"
+            )
+        known = CONFIG_MAPPING[model.architecture]
+        allowed = set(known().to_dict()) | set(known.attribute_map)
+        unknown = sorted(set(model.settings) - allowed)
+        if unknown:
+            raise UserError(
+                f"model.architecture={model.architecture} has no setting {', '.join(unknown)}; it has {', '.join(sorted(allowed))}"
+            )
+        special = {}
+        if tokenizer is not None:
+            special = {
+                "vocab_size": len(tokenizer),
+                "pad_token_id": tokenizer.pad_token_id,
+                "eos_token_id": tokenizer.eos_token_id,
+            }
+            special |= {"bos_token_id": tokenizer.bos_token_id, "decoder_start_token_id": tokenizer.pad_token_id}
+        try:
+            settings = AutoConfig.for_model(model.architecture, **{**special, **model.settings})
+        except (TypeError, ValueError) as error:
+            raise UserError(
+                f"model.architecture={model.architecture} does not take these settings: {str(error).splitlines()[0]}"
+            ) from error
+    if model.dropout is not None:
+        _set_dropout(settings, model.dropout)
+    return settings
+
+
+def _set_dropout(settings, rate: float) -> None:
+    text = settings.get_text_config()
+    names = [
+        name
+        for name in text.to_dict()
+        if re.search(r"(^|_)dropout(_rate|_prob)?$|_pdrop$", name) and not name.startswith("classifier")
+    ]
+    if rate == 0:
+        names += [name for name in text.to_dict() if name.endswith("layerdrop")]
+    elif not names:
+        raise UserError(f"model.dropout={rate} cannot be honoured: {type(text).__name__} has no dropout setting")
+    for name in names:
+        setattr(text, name, rate)
+
+
+def load_model(config: Config, tokenizer) -> nn.Module:
+    """The model in float32 on the CPU, the same on every rank.
+
+    Raises UserError when it cannot be loaded, does not know all tokens, or is too short for the data's length limits.
+    """
+    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+    settings = load_model_config(config, tokenizer)
+    auto = AutoModelForSeq2SeqLM if settings.is_encoder_decoder else AutoModelForCausalLM
+    torch.manual_seed(config.training.seed)  # new weights are drawn alike on every rank
+    try:
+        if config.model.name_or_path is not None:
+            model = auto.from_pretrained(config.model.name_or_path, config=settings, dtype=torch.float32)
+        else:
+            model = auto.from_config(settings, dtype=torch.float32)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"the model {config.model.name_or_path or config.model.architecture} could not be loaded: {str(error).splitlines()[0]}"
+        ) from error
+    rows = model.get_output_embeddings().weight.shape[0]
+    if rows < len(tokenizer):
+        raise UserError(
+            f"the model knows {rows} tokens and the tokenizer has {len(tokenizer)}: they do not belong together"
+        )
+    data = config.data
+    needed = (
+        max(data.max_source_tokens, data.max_target_tokens)
+        if settings.is_encoder_decoder
+        else data.max_source_tokens + data.max_target_tokens
+    )
+    positions = getattr(
+        settings.get_text_config(), "max_position_embeddings", None
+    )  # None for T5, whose positions are relative
+    if positions is not None and needed > positions:
+        raise UserError(
+            f"data.max_source_tokens={data.max_source_tokens} and data.max_target_tokens={data.max_target_tokens} need {needed} positions; "
+            f"{type(model).__name__} has {positions}"
+        )
+    return model
+
+
+def adamw(model: nn.Module, config: Config) -> torch.optim.Optimizer:
+    """AdamW; weight decay on matrices, not on biases and norms. On the CPU by DeepSpeed where the JSON offloads the optimizer."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    decay = config.training.weight_decay
+    groups = [
+        {"params": [parameter for parameter in parameters if parameter.dim() >= 2], "weight_decay": decay},
+        {"params": [parameter for parameter in parameters if parameter.dim() < 2], "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    offload = (
+        config.deepspeed_sharding().get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none")
+    )
+    if offload == "none":
+        return torch.optim.AdamW(groups, lr=config.training.learning_rate)
+    from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+    return DeepSpeedCPUAdam(groups, lr=config.training.learning_rate, adamw_mode=True)
+
+
+def deepspeed_settings(config: Config, world_size: int) -> dict:
+    """The whole DeepSpeed configuration: sharding and offload from the JSON, everything else from ours."""
+    settings = config.deepspeed_sharding() | {
+        "train_micro_batch_size_per_gpu": config.training.micro_batch_size,
+        "gradient_accumulation_steps": config.accumulation(world_size),
+        "gradient_clipping": config.training.max_grad_norm,  # always written: DeepSpeed's default is 1.0
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": None,
+    }
+    if config.training.precision == "bf16":
+        # Without fp32 accumulation and communication 64 micro-batches in bf16 are off by 1e-2.
+        settings |= {
+            "bf16": {"enabled": True},
+            "data_types": {"grad_accum_dtype": "fp32"},
+            "communication_data_type": "fp32",
+        }
+    return settings
+
+
+def initialize_engine(model: nn.Module, optimizer: torch.optim.Optimizer, settings: dict):
+    """A DeepSpeed engine. Buffers stay in the precision they were made in."""
+    import deepspeed
+
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # DeepSpeed casts the whole module to bf16, rotary frequencies included, which transformers keeps in float32 when it
+    # loads the exported model: the positions would differ between training and use.
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers() if buffer.is_floating_point()}
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    deepspeed.init_distributed(dist_backend=backend, verbose=False)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings, dist_init_required=False)
+    for name, buffer in buffers.items():
+        owner, _, attribute = name.rpartition(".")
+        module = model.get_submodule(owner)
+        module._buffers[attribute] = buffer.to(distributed.device())
+    return engine

@@ -1,0 +1,100 @@
+"""Tokenizers: a pretrained one, or a SentencePiece model trained on the run's own data."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+import os
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+
+from pdl.config import Config, UserError
+from pdl.data import cache_directory, examples, examples_hash
+
+
+def load_tokenizer(name_or_path: str):
+    """A pretrained tokenizer. Raises UserError when it cannot be had, or has no end of sequence or padding token to use."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name_or_path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"the tokenizer {name_or_path} could not be loaded: {_first_line(error)}") from error
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"the tokenizer {name_or_path} has no end-of-sequence token, which marks where a target ends")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token  # padding is masked and unlabelled, so any token will do
+    return tokenizer
+
+
+def run_tokenizer(config: Config):
+    """The tokenizer that a configuration asks for: a pretrained one, or one trained on the training data and kept in the cache."""
+    if config.tokenizer.vocab_size is None:
+        return load_tokenizer(config.tokenizer.name_or_path or config.model.name_or_path)
+    made_from = json.dumps(
+        [examples_hash(config, "train"), config.tokenizer.vocab_size, inspect.getsource(train_tokenizer)]
+    )
+    directory = cache_directory() / f"tokenizer-{hashlib.sha256(made_from.encode()).hexdigest()[:32]}"
+    if not directory.exists():
+        texts = (text for example in examples(config, "train") for text in (example.source, example.target) if text)
+        train_tokenizer(texts, config.tokenizer.vocab_size, directory)
+    return load_tokenizer(str(directory))
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int, directory: Path) -> None:
+    """Train a SentencePiece BPE tokenizer that gives every text back unchanged, and save it in `directory`.
+
+    SentencePiece's defaults collapse spaces and drop newlines, which destroys code; hence no normalisation, no dummy
+    prefix, and bytes for what the vocabulary lacks. `directory` appears whole or not at all.
+    Raises UserError when the texts are too few for `vocab_size`.
+    """
+    import sentencepiece
+    from transformers import AutoTokenizer
+
+    special = {"pad": "<pad>", "eos": "</s>", "unk": "<unk>", "bos": "<s>"}
+    with tempfile.TemporaryDirectory() as scratch:
+        try:
+            sentencepiece.SentencePieceTrainer.train(
+                sentence_iterator=iter(texts),
+                model_prefix=f"{scratch}/tokenizer",
+                model_type="bpe",
+                vocab_size=vocab_size,
+                normalization_rule_name="identity",
+                remove_extra_whitespaces=False,
+                add_dummy_prefix=False,
+                byte_fallback=True,
+                max_sentence_length=1 << 20,
+                num_threads=1,  # the same model on every machine
+                minloglevel=2,
+                **{f"{name}_id": number for number, name in enumerate(special)},
+                **{f"{name}_piece": piece for name, piece in special.items()},
+            )
+        except RuntimeError as error:
+            raise UserError(
+                f"tokenizer.vocab_size={vocab_size} does not fit the training data: {_first_line(error)}"
+            ) from error
+        settings = {
+            "tokenizer_class": "LlamaTokenizer",  # the one of transformers that reads BPE with bytes and keeps spaces
+            "add_prefix_space": False,
+            "add_bos_token": False,
+            "add_eos_token": False,
+            "clean_up_tokenization_spaces": False,
+            **{f"{name}_token": piece for name, piece in special.items()},
+        }
+        Path(scratch, "tokenizer_config.json").write_text(json.dumps(settings))
+        partial = directory.with_name(f"{directory.name}.{os.getpid()}.partial")
+        AutoTokenizer.from_pretrained(scratch).save_pretrained(partial)
+        partial.rename(directory)
+
+
+def tokenizer_hash(tokenizer) -> str:
+    """A hash of how texts become ids: vocabulary, merges, normalisation, special tokens."""
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    state.pop("truncation"), state.pop("padding")  # set by the last call, not part of the tokenizer
+    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,25 @@
+"""Summarization: a document becomes its summary. Fields: any two, named by `data.source_field` and `data.target_field`.
+
+A test record may have several references: numbered fields beside the target's name, as DialogSum's summary1, summary2, summary3.
+"""
+
+import re
+from collections.abc import Iterator
+
+from pdl import scores as score
+from pdl.data import Example
+
+
+def examples(record: dict) -> Iterator[Example]:
+    numbered = [text for name, text in record.items() if re.fullmatch(r"(summary|target)\d+", name)]
+    references = tuple(numbered) or (record["target"],)
+    yield Example(record["source"], references[0], references)
+
+
+def scores(predictions: list[str], examples: list[Example]) -> dict[str, float]:
+    references = [example.references for example in examples]
+    return {
+        **score.rouge(predictions, references),
+        "distinct2": score.distinct(predictions, 2),
+        "length_ratio": score.length_ratio(predictions, references),
+    }
