@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import hashlib
 import json
 import math
 import types
@@ -64,6 +65,9 @@ class LossConfig:
     general_weight: float = 0.0  # share of the general corpus in the frequencies
     path: Literal["head", "logits"] = "head"  # where the loss is computed; `logits` serves models whose head cannot
 
+    def describe(self) -> str:
+        return f"{self.name} alpha={self.alpha:g} epsilon={self.epsilon:g}" if self.name == "power_law" else self.name
+
 
 @dataclass
 class TrainingConfig:
@@ -115,6 +119,9 @@ class Config:
     def deepspeed_sharding(self) -> dict:
         """What the DeepSpeed JSON says: sharding and offload only."""
         return json.loads(Path(self.deepspeed).read_text(encoding="utf-8"))
+
+    def hash(self) -> str:
+        return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()[:32]
 
     def to_dict(self) -> dict:
         """The configuration as its YAML file would say it, every default filled in."""

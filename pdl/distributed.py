@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import socket
+import sys
 import warnings
 from collections.abc import Callable
 from datetime import timedelta
-from typing import TypeVar
+from typing import TextIO, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -58,6 +59,12 @@ def local_rank() -> int:
 
 def device() -> torch.device:
     return torch.device("cuda", local_rank()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def say(text: str, file: TextIO | None = None) -> None:
+    """Print on rank 0 only."""
+    if rank() == 0:
+        print(text, file=file or sys.stdout, flush=True)
 
 
 def summed(values: torch.Tensor) -> torch.Tensor:

@@ -110,14 +110,14 @@ class RunLog:
     """`metrics.jsonl` and `tensorboard/` of a run directory. Rank 0 has one."""
 
     def __init__(self, directory: Path, resumed_step: int | None):
-        """resumed_step: the step of the checkpoint that was loaded; what was logged after it is set aside, not lost."""
+        """resumed_step: that of the loaded checkpoint, None for a start. What was logged after it is set aside, not lost."""
         from torch.utils.tensorboard import SummaryWriter
 
+        last_kept = -1 if resumed_step is None else resumed_step
         self.path = directory / "metrics.jsonl"
-        if resumed_step is not None and self.path.exists():
-            self._set_aside_after(resumed_step)
-        purge = None if resumed_step is None else resumed_step + 1
-        self.tensorboard = SummaryWriter(str(directory / "tensorboard"), purge_step=purge)
+        if self.path.exists():
+            self._set_aside_after(last_kept)
+        self.tensorboard = SummaryWriter(str(directory / "tensorboard"), purge_step=last_kept + 1)
 
     def _set_aside_after(self, step: int) -> None:
         lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
