@@ -7,6 +7,7 @@ import difflib
 import hashlib
 import json
 import math
+import re
 import types
 import typing
 from dataclasses import dataclass, field
@@ -114,7 +115,7 @@ class Config:
 
     @property
     def zero_stage(self) -> int:
-        return self.deepspeed_sharding().get("zero_optimization", {}).get("stage", 0)
+        return self.deepspeed_sharding()["zero_optimization"]["stage"]
 
     def deepspeed_sharding(self) -> dict:
         """What the DeepSpeed JSON says: sharding and offload only."""
@@ -141,7 +142,7 @@ def load_config(path: str | Path, overrides: list[str] = (), world_size: int = 1
         raise UserError(f"config file {path} does not exist")
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not YAML: {error}") from error
     if not isinstance(tree, dict):
         raise UserError(f"{path} must hold sections (task, data, model, ...), not {type(tree).__name__}")
@@ -153,7 +154,7 @@ def load_config(path: str | Path, overrides: list[str] = (), world_size: int = 1
     config = _fill(Config, tree, "", problems, unusable)
     found: list[str] = []
     _check_values(config, world_size, found)
-    # A value that could not be read was left at its default; what that default lacks is no second problem.
+    # A value that could not be read, or has a misspelled key, was left at its default; what that default lacks is no second problem.
     problems += [problem for problem in found if not any(key in problem for key in unusable)]
     if problems:
         raise UserError(_listed(f"{path}: the configuration cannot be used", problems))
@@ -196,11 +197,13 @@ def _fill(cls: type, tree: dict, prefix: str, problems: list[str], unusable: set
     for key, value in tree.items():
         name = f"{prefix}{key}"
         if key not in hints:
-            if cls is ModelConfig and tree.get("architecture"):
+            if cls is ModelConfig and tree.get("architecture") and isinstance(key, str):
                 if value is not None:
                     settings[key] = value
                 continue
             near = difflib.get_close_matches(str(key), hints, n=1)
+            if near and near[0] not in tree:
+                unusable.add(f"{prefix}{near[0]}")
             problems.append(
                 f"{name} is not a key"
                 + (f"; did you mean {prefix}{near[0]}?" if near else f"; there are {', '.join(hints)}")
@@ -242,6 +245,8 @@ def _coerce(value: Any, hint: Any) -> Any:
         return str(value)
     if isinstance(value, bool):
         raise ValueError("must be a number")
+    if hint is int and isinstance(value, int):
+        return value  # not by way of a float, which is exact up to 2^53 only
     try:
         number = float(value)
     except (TypeError, ValueError):
@@ -269,9 +274,14 @@ _OURS = {  # DeepSpeed keys that are written by us, and where they are set inste
     "communication_data_type": "training.precision",
     "optimizer": "training.learning_rate and training.weight_decay",
     "scheduler": "training.schedule",
-    "zero_allow_untested_optimizer": "nowhere: it follows from the optimizer",
+    "zero_allow_untested_optimizer": "the choice of optimizer, in the code",
 }
+_SHARDING = ("zero_optimization", "aio")  # what the DeepSpeed JSON is for: sharding, offload and its disk
+_WATCHING = ("wall_clock_breakdown", "memory_breakdown", "comms_logger", "flops_profiler")  # and what changes no number
 _SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
+_HUB = re.compile(
+    r"hub:(?P<repository>[^/@:]+(/[^/@:]+)?)(/(?P<config>[^@:]+))?(@(?P<revision>[^:]+))?:(?P<split>.+)"
+)
 
 
 def _check_values(config: Config, world_size: int, problems: list[str]) -> None:
@@ -332,7 +342,10 @@ def _check_values(config: Config, world_size: int, problems: list[str]) -> None:
     )
     need(math.isfinite(loss.epsilon) and loss.epsilon > 0, f"loss.epsilon={loss.epsilon} must be finite and > 0")
     if loss.max_weight is not None:
-        need(loss.max_weight > 0, f"loss.max_weight={loss.max_weight} must be > 0")
+        need(
+            math.isfinite(loss.max_weight) and loss.max_weight > 0,
+            f"loss.max_weight={loss.max_weight} must be finite and > 0",
+        )
         need(
             not loss.normalize or loss.max_weight >= 1,
             f"loss.max_weight={loss.max_weight} must be >= 1 with loss.normalize: the mean weight is 1",
@@ -347,12 +360,14 @@ def _check_values(config: Config, world_size: int, problems: list[str]) -> None:
             loss.frequency == "probability",
             "loss.frequency=count cannot be mixed with loss.general_corpus: the two have different totals",
         )
+        need(
+            not loss.general_corpus.endswith(_SUFFIXES),
+            f"loss.general_corpus={loss.general_corpus} would be counted markup and all: give plain text or a frequency file",
+        )
         need(Path(loss.general_corpus).is_file(), f"loss.general_corpus={loss.general_corpus} does not exist")
 
     for key in ("global_batch_size", "micro_batch_size", "learning_rate"):
-        value = getattr(training, key)
-        need(value is not None, f"training.{key} is missing")
-        need(value is None or value > 0, f"training.{key}={value} must be > 0")
+        need(getattr(training, key) is not None, f"training.{key} is missing")
     if (
         training.global_batch_size
         and training.micro_batch_size
@@ -371,6 +386,9 @@ def _check_values(config: Config, world_size: int, problems: list[str]) -> None:
         "state training.max_steps or training.epochs, one of the two",
     )
     for key in (
+        "global_batch_size",
+        "micro_batch_size",
+        "learning_rate",
         "max_steps",
         "epochs",
         "schedule_steps",
@@ -380,7 +398,7 @@ def _check_values(config: Config, world_size: int, problems: list[str]) -> None:
         "keep_checkpoints",
     ):
         value = getattr(training, key)
-        need(value is None or value > 0, f"training.{key}={value} must be > 0")
+        need(value is None or (math.isfinite(value) and value > 0), f"training.{key}={value} must be finite and > 0")
     for key in ("warmup_steps", "weight_decay", "max_grad_norm", "seed"):
         value = getattr(training, key)
         need(math.isfinite(value) and value >= 0, f"training.{key}={value} must be finite and >= 0")
@@ -403,8 +421,8 @@ def _check_data_source(name: str, value: Any, problems: list[str]) -> None:
             f"{name}={value!r} is neither a path, {{source: a.txt, target: b.txt}}, nor hub:owner/name:split"
         )
     elif value.startswith("hub:"):
-        if value.count(":") < 2 or not value.rpartition(":")[2] or value.startswith("hub::"):
-            problems.append(f"{name}={value} names no split: hub:owner/name[/config][@revision]:split")
+        if not _HUB.fullmatch(value):
+            problems.append(f"{name}={value} is not of the form hub:owner/name[/config][@revision]:split")
     elif Path(value).suffix not in _SUFFIXES:
         problems.append(f"{name}={value} must end in {', '.join(_SUFFIXES)}, or start with hub:")
     elif not Path(value).is_file():
@@ -418,22 +436,31 @@ def _check_deepspeed(config: Config, problems: list[str]) -> None:
         return
     try:
         sharding = config.deepspeed_sharding()
-        stage = config.zero_stage
-    except (ValueError, AttributeError) as error:
-        problems.append(f"deepspeed={path} is not a DeepSpeed JSON file: {error}")
+    except ValueError as error:
+        problems.append(f"deepspeed={path} is not JSON: {error}")
         return
-    for key in sharding:
+    zero = sharding.get("zero_optimization") if isinstance(sharding, dict) else None
+    stage = zero.get("stage") if isinstance(zero, dict) else None
+    if stage not in (0, 1, 2, 3):
+        problems.append(f'deepspeed={path} must be {{"zero_optimization": {{"stage": 0, 1, 2 or 3, ...}}}}')
+    for key in sharding if isinstance(sharding, dict) else ():
         if key in _OURS:
             problems.append(
                 f"deepspeed={path} sets {key}, which is set by {_OURS[key]}; the file holds sharding and offload only"
             )
-    if stage not in (0, 1, 2, 3):
-        problems.append(f"deepspeed={path}: zero_optimization.stage={stage} must be 0, 1, 2 or 3")
+        elif key not in _SHARDING + _WATCHING:
+            # DeepSpeed ignores a key that it does not know, and some that it knows would scale the gradients.
+            problems.append(f"deepspeed={path} sets {key}; it may set {', '.join(_SHARDING + _WATCHING)}")
     if stage == 0 and config.training.precision == "bf16":
         problems.append(
             "training.precision=bf16 needs ZeRO stage 1, 2 or 3: at stage 0 DeepSpeed cannot accumulate bf16 gradients in fp32; "
             "use configs/deepspeed/zero1.json, or training.precision=fp32"
         )
+
+
+def hub_address(source: str) -> dict[str, str | None]:
+    """repository, config, revision and split of `hub:owner/name[/config][@revision]:split`; a split may be `train[:50%]`."""
+    return _HUB.fullmatch(source).groupdict()
 
 
 def recipe_path(task: str) -> Path:

@@ -1,0 +1,44 @@
+"""What tests share: a clean environment for real processes, and a way to start process groups."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+SHARED_DATA = REPOSITORY.parent / "shared" / "data"  # real corpora where they are at hand; tests skip without them
+
+
+def environment(**more: str) -> dict[str, str]:
+    """For child processes: CPU, one thread each, no network, a cache of the tests' own, tools of this interpreter on the path."""
+    return os.environ | {
+        "DS_ACCELERATOR": "cpu",
+        "CUDA_VISIBLE_DEVICES": "",
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        **more,
+    }
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _cache(tmp_path_factory):
+    os.environ["PDL_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
+def torchrun(ranks: int, *arguments: str | Path, timeout: float = 600, **more: str) -> subprocess.CompletedProcess:
+    """Run a script or `-m module` on some ranks of this machine, output captured."""
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc-per-node={ranks}",
+        *map(str, arguments),
+    ]
+    return subprocess.run(
+        command, cwd=REPOSITORY, env=environment(**more), capture_output=True, text=True, timeout=timeout
+    )
