@@ -28,7 +28,7 @@ from pdl.metrics import Meter, RunLog, frequency_buckets
 from pdl.model import adamw, deepspeed_settings, initialize_engine, load_model
 from pdl.prepare import Prepared, prepare
 from pdl.report import Progress, opening, report
-from pdl.train import NonFiniteLoss, Trainer, schedule
+from pdl.train import StepRefused, Trainer, schedule
 
 
 def check(config: Config) -> int:
@@ -63,7 +63,7 @@ def train(config: Config) -> int:
     except UserError as error:
         state, code, reason = "refused", 2, str(error)
         raise
-    except NonFiniteLoss as error:  # on every rank alike
+    except StepRefused as error:  # on every rank alike
         reason = str(error)
         say(f"pdl: {reason}", file=sys.stderr)
     except BaseException as error:

@@ -16,8 +16,8 @@ from pdl.loss_head import LossHead, loss_of
 from pdl.metrics import Meter
 
 
-class NonFiniteLoss(Exception):
-    """A loss or a gradient is not finite; the update was not applied."""
+class StepRefused(Exception):
+    """An update that must not be applied, and was not: a loss or a gradient is not finite, or no token has a weight."""
 
 
 @dataclass
@@ -64,10 +64,8 @@ class Trainer:
         """One optimizer step over this rank's window of micro-batches; returns the gradient norm before clipping."""
         for group in self.engine.optimizer.param_groups:
             group["lr"] = self.learning_rate(step)
-        window = [
-            batch.to(self.weights.device)
-            for batch in self.batches.window(step, distributed.rank(), distributed.world_size())
-        ]
+        window = self.batches.window(step, distributed.rank(), distributed.world_size())
+        window = [batch.to(self.weights.device) for batch in window]
         denominator = self.global_denominator(step, window)
         finite = torch.ones((), device=self.weights.device)
         for number, batch in enumerate(window):
@@ -86,17 +84,12 @@ class Trainer:
         """What the loss of a global batch is divided by, float64: sum(w), N or 1 over all its supervised tokens. One all-reduce."""
         labels = torch.cat([batch.labels.flatten() for batch in window])
         labels = labels[labels != -100]
-        weight_and_tokens = torch.stack(
-            [
-                self.weights[labels].double().sum(),
-                torch.tensor(float(len(labels)), dtype=torch.float64, device=labels.device),
-            ]
-        )
+        weight_and_tokens = torch.stack([self.weights[labels].double().sum(), torch.ones_like(labels).double().sum()])
         dist.all_reduce(weight_and_tokens)
         weight, tokens = weight_and_tokens
         denominator = {"weighted_mean": weight, "token_mean": tokens, "sum": torch.ones_like(tokens)}[self.reduction]
         if tokens == 0 or denominator == 0:
-            raise NonFiniteLoss(
+            raise StepRefused(
                 f"step {step}: no token of the global batch has a weight; dataset rows {self.batches.row_numbers(step)}"
             )
         return denominator
@@ -110,22 +103,18 @@ class Trainer:
         dist.all_reduce(finite, op=dist.ReduceOp.MIN)
         norm = None
         if self.zero_stage == 0:
-            norms = [
-                parameter.grad.norm() for parameter in self.engine.module.parameters() if parameter.grad is not None
-            ]
-            norm = torch.stack(norms).double().norm().item()
+            gradients = [p.grad for p in self.engine.module.parameters() if p.grad is not None]
+            norm = torch.nn.utils.get_total_norm(gradients).item()
         if not finite or (norm is not None and not math.isfinite(norm)):
             what = "gradient" if finite else "loss"
-            raise NonFiniteLoss(f"step {step}: the {what} is not finite; dataset rows {self.batches.row_numbers(step)}")
+            raise StepRefused(f"step {step}: the {what} is not finite; dataset rows {self.batches.row_numbers(step)}")
         return norm
 
     def _norm_of_applied_update(self, step: int) -> float:
         # DeepSpeed skips an update whose gradients are not finite and goes on; we stop instead.
         norm = float(self.engine.get_global_grad_norm())
         if self.engine.skipped_steps or not math.isfinite(norm):
-            raise NonFiniteLoss(
-                f"step {step}: the gradient is not finite; dataset rows {self.batches.row_numbers(step)}"
-            )
+            raise StepRefused(f"step {step}: the gradient is not finite; dataset rows {self.batches.row_numbers(step)}")
         return norm
 
     @torch.no_grad()
