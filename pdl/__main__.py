@@ -8,19 +8,21 @@ COMMANDS = {"train": "finetune a model from a configuration"}
 
 
 def main(argv: list[str]) -> int:
-    # The deepspeed launcher puts --local_rank=N before everything else; argparse wants it behind the command.
+    # The deepspeed launcher puts --local_rank=N before everything else, where argparse expects the command.
     leading = [argument for argument in argv[:1] if argument.startswith("--local_rank=")]
-    argv = argv[len(leading) :]
+    command, *others = argv[len(leading) :] or [""]
     parser = argparse.ArgumentParser(prog="python -m pdl", description="Finetuning with the Power-Law Decay Loss.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, help_text in COMMANDS.items():
-        command = commands.add_parser(name, help=help_text)
-        if argv[:1] == [name]:
+        described = commands.add_parser(name, help=help_text)
+        if command == name:
             module = importlib.import_module(f"pdl.commands.{name}")
-            command.description = module.__doc__
-            command.formatter_class = argparse.RawDescriptionHelpFormatter
-            module.add_arguments(command)
-    arguments = parser.parse_args(argv + leading)
+            described.description = module.__doc__
+            described.formatter_class = argparse.RawDescriptionHelpFormatter
+            module.add_arguments(described)
+    # Options first: argparse takes no further positional arguments, our overrides, behind an option.
+    ordered = sorted(leading + others, key=lambda argument: not argument.startswith("-"))
+    arguments = parser.parse_args([command, *ordered] if command else ordered)
     return module.main(arguments)
 
 

@@ -10,7 +10,7 @@ import torch
 import yaml
 
 from pdl import distributed
-from pdl.config import Config, UserError
+from pdl.config import Config, UserError, flattened
 from pdl.frequencies import TokenFrequencies
 
 # Settings that do not touch the numbers of a run, so a run may continue with others.
@@ -46,7 +46,7 @@ def inspect_directory(config: Config) -> bool:
     stored_path = directory / "config.yaml"
     if directory.exists() and not directory.is_dir():
         raise UserError(f"training.output_dir={directory} is a file")
-    if not stored_path.exists():
+    if not (stored_path.exists() and (directory / "status.json").exists()):
         if directory.exists() and any(directory.iterdir()):
             raise UserError(f"training.output_dir={directory} holds files that are not a run's; name another")
         return False
@@ -56,8 +56,8 @@ def inspect_directory(config: Config) -> bool:
         raise UserError(
             f"training.output_dir={directory} holds a run and training.resume=never; name another output_dir, or resume with auto"
         )
-    stored = _flat(yaml.safe_load(stored_path.read_text(encoding="utf-8")))
-    wanted = _flat(config.to_dict())
+    stored = flattened(yaml.safe_load(stored_path.read_text(encoding="utf-8")))
+    wanted = flattened(config.to_dict())
     changed = [key for key in stored | wanted if stored.get(key) != wanted.get(key) and key not in _MAY_CHANGE]
     if (
         changed == ["training.max_steps"]
@@ -87,23 +87,13 @@ def claim_directory(config: Config, tokenizer, frequencies: TokenFrequencies) ->
     directory = Path(config.training.output_dir)
     try:
         directory.mkdir(parents=True, exist_ok=True)
+        write_status(directory, "running")  # first: it tells a run's directory from others
         (directory / "config.yaml").write_text(yaml.safe_dump(config.to_dict(), sort_keys=False), encoding="utf-8")
         tokenizer.save_pretrained(directory / "tokenizer")
         frequencies.save(directory / "frequencies.safetensors")
-        write_status(directory, "running")
     except OSError as error:
         raise UserError(f"training.output_dir={directory} cannot be written to: {error.strerror}") from error
     return directory
-
-
-def _flat(tree: dict, prefix: str = "") -> dict:
-    flat = {}
-    for key, value in tree.items():
-        if isinstance(value, dict) and not prefix.startswith("data."):
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
 
 
 def _checkpoints(directory: Path) -> list[Path]:

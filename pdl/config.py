@@ -166,6 +166,17 @@ def load_config(path: str | Path, overrides: list[str] = (), world_size: int = 1
     return config
 
 
+def flattened(tree: dict, prefix: str = "") -> dict[str, Any]:
+    """A resolved configuration with dotted keys; parallel files stay one value."""
+    flat = {}
+    for key, value in tree.items():
+        if isinstance(value, dict) and prefix != "data.":
+            flat |= flattened(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
 def _listed(title: str, problems: list[str]) -> str:
     return "\n  - ".join([title + (f" ({len(problems)} problems)" if len(problems) > 1 else ""), *problems])
 
@@ -279,9 +290,7 @@ _OURS = {  # DeepSpeed keys that are written by us, and where they are set inste
 _SHARDING = ("zero_optimization", "aio")  # what the DeepSpeed JSON is for: sharding, offload and its disk
 _WATCHING = ("wall_clock_breakdown", "memory_breakdown", "comms_logger", "flops_profiler")  # and what changes no number
 _SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
-_HUB = re.compile(
-    r"hub:(?P<repository>[^/@:]+(/[^/@:]+)?)(/(?P<config>[^@:]+))?(@(?P<revision>[^:]+))?:(?P<split>.+)"
-)
+_HUB = re.compile(r"hub:(?P<repository>[^/@:]+(/[^/@:]+)?)(/(?P<config>[^@:]+))?(@(?P<revision>[^:]+))?:(?P<split>.+)")
 
 
 def _check_values(config: Config, world_size: int, problems: list[str]) -> None:
@@ -375,11 +384,14 @@ def _check_values(config: Config, world_size: int, problems: list[str]) -> None:
         and training.micro_batch_size > 0
     ):
         unit = training.micro_batch_size * world_size
-        nearest = max(1, round(training.global_batch_size / unit)) * unit
+        right = f"{max(1, round(training.global_batch_size / unit)) * unit} would be"
+        if training.global_batch_size % world_size == 0:
+            smaller = math.gcd(training.global_batch_size // world_size, training.micro_batch_size)
+            right += f", or a micro_batch_size of {smaller}"
         need(
             training.global_batch_size % unit == 0,
             f"training.global_batch_size={training.global_batch_size} is not a multiple of training.micro_batch_size={training.micro_batch_size} "
-            f"x {world_size} ranks; {nearest} would be",
+            f"x {world_size} ranks; {right}",
         )
     need(
         (training.max_steps is None) != (training.epochs is None),

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import csv
+import functools
 import hashlib
 import importlib.util
 import inspect
 import json
+import math
 import os
+import uuid
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -19,11 +23,12 @@ import numpy as np
 import torch
 
 from pdl import distributed
-from pdl.config import Config, UserError, recipe_path
+from pdl.config import Config, UserError, hub_address, recipe_path
 from pdl.frequencies import TokenFrequencies
 
 IGNORE = -100  # the label of a position that takes no part in the loss
 _FORMAT = 1  # of the cached rows; raised when the meaning of a row changes
+_ROWS_COPIED = 4096  # at a time, where a selection of rows is counted: bounds memory
 
 
 class Example(NamedTuple):
@@ -78,13 +83,13 @@ def _json(path: Path) -> Iterator[tuple[int, Any]]:
 
 def _csv(path: Path) -> Iterator[tuple[int, Any]]:
     csv.field_size_limit(1 << 27)
-    with path.open(encoding="utf-8", newline="") as lines:
+    with path.open(encoding="utf-8-sig", newline="") as lines:
         reader = csv.DictReader(lines, delimiter="\t" if path.suffix == ".tsv" else ",", strict=True)
         try:
             for record in reader:
                 if None in record or None in record.values():
                     raise UserError(
-                        f"{path}:{reader.line_num}: the row has not the {len(reader.fieldnames)} columns of the header"
+                        f"{path}:{reader.line_num}: the row does not have the {len(reader.fieldnames)} columns of the header"
                     )
                 yield reader.line_num, record
         except (csv.Error, UnicodeDecodeError) as error:
@@ -98,7 +103,7 @@ def _parquet(path: Path) -> Iterator[tuple[int, Any]]:
     try:
         batches = pyarrow.parquet.ParquetFile(path).iter_batches()
         yield from enumerate((record for batch in batches for record in batch.to_pylist()), 1)
-    except pyarrow.ArrowException as error:
+    except (pyarrow.ArrowException, OSError) as error:
         raise UserError(f"{path} is not a Parquet file: {error}") from error
 
 
@@ -107,27 +112,29 @@ def _parallel_records(source: str, target: str) -> Iterator[tuple[str, dict]]:
         sizes = [sum(1 for _ in lines) for lines in (source_lines, target_lines)]
         if sizes[0] != sizes[1]:
             raise UserError(
-                f"parallel files must have a line each for a line: {source} has {sizes[0]}, {target} has {sizes[1]}"
+                f"parallel files must have as many lines as each other: {source} has {sizes[0]}, {target} has {sizes[1]}"
             )
         source_lines.seek(0), target_lines.seek(0)
         for number, pair in enumerate(zip(source_lines, target_lines, strict=True), 1):
-            try:
-                texts = [line.decode("utf-8").rstrip("\r\n") for line in pair]
-            except UnicodeDecodeError as error:
-                raise UserError(f"{source}:{number}: {error}") from error
-            yield f"{source}:{number}", dict(zip(("source", "target"), texts, strict=True))
+            record = {}
+            for name, path, line in zip(("source", "target"), (source, target), pair, strict=True):
+                try:
+                    record[name] = line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
+                except UnicodeDecodeError as error:
+                    raise UserError(f"{path}:{number}: {error}") from error
+            yield f"{source}:{number}", record
 
 
+@functools.cache
 def hub_dataset(source: str):
     """The `datasets.Dataset` of `hub:owner/name[/config][@revision]:split`. Raises UserError when it cannot be had."""
     import datasets
 
-    address, _, split = source.removeprefix("hub:").rpartition(":")
-    address, _, revision = address.partition("@")
-    owner, name, *config = address.split("/", 2) if "/" in address else ("", address)
-    repository = f"{owner}/{name}" if owner else name
+    address = hub_address(source)
     try:
-        return datasets.load_dataset(repository, *config, split=split, revision=revision or None)
+        return datasets.load_dataset(
+            address["repository"], address["config"], split=address["split"], revision=address["revision"]
+        )
     except Exception as error:  # the library raises a dozen kinds, OSError and ValueError among them
         raise UserError(
             f"{source} could not be loaded from the hub: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}\n"
@@ -150,22 +157,40 @@ def load_recipe(task: str | None):
 
 
 def examples(config: Config, split: str) -> Iterator[Example]:
-    """The examples of a split, in order. The recipe sees each record with `source` and `target` under those names too."""
+    """The examples of a split, in order. The recipe sees each record with `source` and `target` under those names.
+
+    Raises UserError naming the place of a record that lacks a field, or whose fields are not what the recipe reads.
+    """
     recipe = load_recipe(config.task)
-    named = {"source": config.data.source_field, "target": config.data.target_field}
+    columns = {"source": config.data.source_field, "target": config.data.target_field}
     for place, record in records(getattr(config.data, split)):
-        for name, column in named.items():
-            if column is not None and column in record:
-                record[name] = record[column]
+        fields = {name: value for name, value in record.items() if columns.get(name) is None}
+        fields |= {name: record[column] for name, column in columns.items() if column in record}
+        if "target" in fields and fields["target"] is None:
+            fields["target"] = ""  # dropped and counted with the empty ones
         try:
             if recipe:
-                yield from recipe.examples(record)
+                for example in recipe.examples(fields):
+                    yield _checked(example)
             else:
-                yield Example(record["source"], record["target"], (record["target"],))
+                yield _checked(Example(fields["source"], fields["target"], (fields["target"],)))
         except KeyError as error:
-            wanted = named.get(error.args[0]) or error.args[0]
-            hint = f"; set data.{error.args[0]}_field to one of them" if error.args[0] in named else ""
-            raise UserError(f"{place} has no field {wanted!r}; its fields are {', '.join(record)}{hint}") from error
+            missing = error.args[0]
+            hint = f"; set data.{missing}_field to one of them" if missing in columns else ""
+            raise UserError(
+                f"{place} has no field {columns.get(missing) or missing!r}; its fields are {', '.join(record)}{hint}"
+            ) from error
+        except (TypeError, AttributeError, IndexError, ValueError) as error:
+            kinds = ", ".join(f"{name} ({type(value).__name__})" for name, value in record.items())
+            raise UserError(f"{place} cannot be read as an example: {error}; its fields are {kinds}") from error
+
+
+def _checked(example: Example) -> Example:
+    for text in (example.source, example.target, *example.references):
+        if not isinstance(text, str):
+            raise TypeError(f"{text!r} is not a text")
+        text.encode()  # half of a surrogate pair ("\ud83d" in JSON) is no text that a tokenizer takes
+    return example
 
 
 # --- token rows ---
@@ -211,8 +236,13 @@ class Encoder:
         if not kept:
             return [], report
         rows = []
+        # Targets last: a tokenizer keeps the truncation of its last call, also when it is saved.
+        sources = self.sources([example.source for example in kept])
         targets = self.targets([example.target for example in kept])
-        for source, target in zip(self.sources([example.source for example in kept]), targets, strict=True):
+        for source, target in zip(sources, targets, strict=True):
+            if target == [self.tokenizer.eos_token_id]:
+                report["targets without a token dropped"] += 1
+                continue
             report["sources at or over the length limit"] += len(source) >= self.max_source_tokens
             report["targets cut at the length limit"] += target[-1] != self.tokenizer.eos_token_id
             if self.is_encoder_decoder:
@@ -220,10 +250,7 @@ class Encoder:
             else:
                 # Position i predicts token i + 1. The first token of an empty prompt is predicted by nothing.
                 row = {"input_ids": (source + target)[:-1], "labels": ([IGNORE] * len(source) + target)[1:]}
-            if any(label != IGNORE for label in row["labels"]):
-                rows.append(row)
-            else:
-                report["targets without a supervised token dropped"] += 1
+            rows.append(row)
         report["rows"] = len(rows)
         return rows, report
 
@@ -236,13 +263,13 @@ def cache_directory() -> Path:
 
 
 def source_hash(source: Any) -> str:
-    """A hash of what a `data.*` value holds now: file contents, or the hub's fingerprint."""
+    """A hash of what a `data.*` value holds now: file contents and their format, or the hub's fingerprint."""
     if isinstance(source, dict):
         return "+".join(source_hash(path) for path in (source["source"], source["target"]))
     if source.startswith("hub:"):
         return hub_dataset(source)._fingerprint
     with open(source, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest() + Path(source).suffix
 
 
 def examples_hash(config: Config, split: str) -> str:
@@ -269,33 +296,33 @@ class TokenRows:
         return TokenFrequencies.from_labels(column_values(self.table, "labels", start, stop), vocab_size)
 
 
-def column_values(
-    table, column: str, start: int = 0, stop: int | None = None, rows_at_a_time: int = 4096
-) -> Iterator[torch.Tensor]:
+def column_values(table, column: str, start: int = 0, stop: int | None = None) -> Iterator[torch.Tensor]:
     """The values of a list column in pieces, flattened, zero-copy where the rows stand together; their order is not kept.
 
     table: a `datasets.Dataset`, also one that was shuffled or selected from: rows are visited in the order they are stored in.
     """
-    import pyarrow.compute as pc
-
     stop = len(table) if stop is None else stop
     values = table.data.column(column)
-    stored = None
-    if table._indices is not None:
-        stored = np.sort(table._indices.column(0).slice(start, stop - start).to_numpy())
-    for first in range(start, stop, rows_at_a_time):
-        last = min(first + rows_at_a_time, stop)
-        if stored is None:
-            piece = values.slice(first, last - first)
+    if table._indices is None:
+        for chunk in values.slice(start, stop - start).chunks:
+            yield _flat(chunk)
+        return
+    stored = np.sort(table._indices.column(0).slice(start, stop - start).to_numpy().astype(np.int64))
+    first = 0  # stored row of the chunk's beginning
+    for chunk in values.chunks:
+        begin, end = np.searchsorted(stored, [first, first + len(chunk)])
+        rows = stored[begin:end] - first
+        first += len(chunk)
+        if (np.diff(rows) == 1).all():
+            yield _flat(chunk.slice(rows[0] if len(rows) else 0, len(rows)))
         else:
-            rows = stored[first - start : last - start]
-            together = rows[-1] - rows[0] == len(rows) - 1 and (len(rows) < 2 or np.diff(rows).min() == 1)
-            piece = values.slice(rows[0], len(rows)) if together else values.take(rows)
-        for chunk in piece.chunks:
-            flat = chunk.flatten()  # not .values, which ignores the slice
-            if flat.null_count:
-                flat = pc.drop_null(flat)
-            yield torch.from_dlpack(flat)
+            for few in np.split(rows, range(_ROWS_COPIED, len(rows), _ROWS_COPIED)):
+                yield _flat(chunk.take(few))
+
+
+def _flat(lists) -> torch.Tensor:
+    flat = lists.flatten()  # not .values, which ignores the slice
+    return torch.from_dlpack(flat.drop_null() if flat.null_count else flat)
 
 
 def token_rows(
@@ -315,22 +342,18 @@ def token_rows(
     key = hashlib.sha256(json.dumps(made_from).encode()).hexdigest()[:32]
     path = cache_directory() / f"{key}.arrow"
     if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
         report: Counter = Counter()
-        partial = path.with_name(f"{key}.{os.getpid()}.partial")
         row_type = pa.list_(pa.int32())
-        try:
-            schema = pa.schema({"input_ids": row_type, "labels": row_type})
+        schema = pa.schema({"input_ids": row_type, "labels": row_type})
+        with _whole(path) as partial:
             with pa.OSFile(str(partial), "wb") as file, pa.ipc.new_stream(file, schema) as writer:
                 for batch in _batched(examples(config, split), 1000):
                     rows, counted = encoder.rows(batch)
                     report.update(counted)
                     columns = [pa.array([row[name] for row in rows], row_type) for name in schema.names]
                     writer.write_batch(pa.record_batch(columns, schema=schema))
-            path.with_suffix(".json").write_text(json.dumps(report))
-            partial.replace(path)  # last: a file that is there is whole
-        finally:
-            partial.unlink(missing_ok=True)
+            with _whole(path.with_suffix(".json")) as notes:  # before the rows: where they are, it is
+                notes.write_text(json.dumps(report))
     report = json.loads(path.with_suffix(".json").read_text())
     source = getattr(config.data, split)
     if not report.get("rows"):
@@ -350,15 +373,19 @@ def text_frequencies(path: Path, tokenizer, tokenizer_hash: str, vocab_size: int
         key = hashlib.sha256(json.dumps([source_hash(str(path)), tokenizer_hash, vocab_size]).encode()).hexdigest()[:32]
         cached = cache_directory() / f"text-{key}.safetensors"
         if not cached.exists():
-            with path.open(encoding="utf-8") as lines:
-                ids = (tokenizer(batch, add_special_tokens=False).input_ids for batch in _batched(lines, 1000))
-                pieces = (torch.tensor([token for line in batch for token in line]) for batch in ids)
-                counted = TokenFrequencies.from_labels(
-                    pieces, vocab_size, tokenizer_hash=tokenizer_hash, corpus=str(path)
-                )
+            try:
+                with path.open(encoding="utf-8-sig") as lines:
+                    ids = (tokenizer(batch, add_special_tokens=False).input_ids for batch in _batched(lines, 1000))
+                    pieces = (torch.tensor([token for line in batch for token in line]) for batch in ids)
+                    counted = TokenFrequencies.from_labels(
+                        pieces, vocab_size, tokenizer_hash=tokenizer_hash, corpus=str(path)
+                    )
+            except UnicodeDecodeError as error:
+                raise UserError(f"loss.general_corpus={path} is not a UTF-8 text: {error}") from error
             if counted.total == 0:
                 raise UserError(f"loss.general_corpus={path} holds no text")
-            _save_whole(counted, cached)
+            with _whole(cached) as partial:
+                counted.save(partial)
         path = cached
     try:
         frequencies = TokenFrequencies.load(path)
@@ -367,7 +394,7 @@ def text_frequencies(path: Path, tokenizer, tokenizer_hash: str, vocab_size: int
     if frequencies.tokenizer_hash != tokenizer_hash or len(frequencies.counts) != vocab_size:
         raise UserError(
             f"loss.general_corpus={path} was counted with another tokenizer or vocabulary ({len(frequencies.counts)} rows, tokenizer "
-            f"{frequencies.tokenizer_hash[:12]}); the model has {vocab_size} rows, tokenizer {tokenizer_hash[:12]}"
+            f"{frequencies.tokenizer_hash[:12] or 'not named'}); the model has {vocab_size} rows, tokenizer {tokenizer_hash[:12]}"
         )
     return frequencies
 
@@ -380,15 +407,21 @@ def label_frequencies(rows: TokenRows, tokenizer_hash: str, vocab_size: int, cor
     frequencies = rows.count(vocab_size, distributed.rank(), distributed.world_size()).all_reduce()
     frequencies.tokenizer_hash, frequencies.corpus = tokenizer_hash, corpus
     if distributed.local_rank() == 0:
-        _save_whole(frequencies, cached)
+        with _whole(cached) as partial:
+            frequencies.save(partial)
     return frequencies
 
 
-def _save_whole(frequencies: TokenFrequencies, path: Path) -> None:
+@contextmanager
+def _whole(path: Path) -> Iterator[Path]:
+    """A name to write under; the file gets its real one at the end, so that nobody reads half of it. Several nodes may write at once."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    frequencies.save(partial)
-    partial.replace(path)
+    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
+    try:
+        yield partial
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def _batched(items: Iterable, size: int) -> Iterator[list]:
@@ -468,7 +501,7 @@ class GlobalBatches:
 
     @property
     def _end(self) -> int:
-        return round(self.epochs * len(self.rows))
+        return math.ceil(round(self.epochs * len(self.rows), 6))  # 1.1 * 10 is a little over 11
 
     def row_numbers(self, step: int) -> list[int]:
         """The dataset rows of global batch `step`, in order."""

@@ -105,9 +105,14 @@ def first_then_rest(work: Callable[[], T]) -> T:
     return result
 
 
-def require_equal(**values: object) -> None:
-    """Refuse to start when ranks see different values (another config, another data file)."""
-    for name, seen in {name: gathered(value) for name, value in values.items()}.items():
-        if any(other != seen[0] for other in seen):
-            odd = [f"rank {r} has {value}" for r, value in enumerate(seen) if value != seen[0]]
-            raise UserError(f"the ranks disagree on {name}: rank 0 has {seen[0]}, {', '.join(odd)}")
+def require_equal(values: dict[str, object]) -> None:
+    """Refuse to start when ranks see different values (another config, another data file). A collective."""
+    seen = gathered(values)
+    differences = [
+        f"{name}: rank 0 has {seen[0].get(name)!r}, rank {number} has {other.get(name)!r}"
+        for number, other in enumerate(seen)
+        for name in seen[0] | other
+        if other.get(name) != seen[0].get(name)
+    ]
+    if differences:
+        raise UserError("\n  - ".join(["the ranks disagree", *differences]))

@@ -12,11 +12,11 @@ from pdl import distributed
 from pdl.config import Config, UserError
 
 
-def load_model_config(config: Config, tokenizer=None):
+def load_model_config(config: Config, tokenizer):
     """The transformers config of the model, pretrained or new, with `model.dropout` applied.
 
-    tokenizer: gives a new model its vocabulary and special tokens; not needed to learn the kind of model.
-    Raises UserError for settings that the architecture does not know.
+    tokenizer: gives a new model its vocabulary and special tokens. Raises UserError for settings that the architecture
+    does not know, and for a model that does not know all tokens or is too short for the data's length limits.
     """
     from transformers import CONFIG_MAPPING, AutoConfig
 
@@ -40,14 +40,13 @@ def load_model_config(config: Config, tokenizer=None):
             raise UserError(
                 f"model.architecture={model.architecture} has no setting {', '.join(unknown)}; it has {', '.join(sorted(allowed))}"
             )
-        special = {}
-        if tokenizer is not None:
-            special = {
-                "vocab_size": len(tokenizer),
-                "pad_token_id": tokenizer.pad_token_id,
-                "eos_token_id": tokenizer.eos_token_id,
-            }
-            special |= {"bos_token_id": tokenizer.bos_token_id, "decoder_start_token_id": tokenizer.pad_token_id}
+        special = {
+            "vocab_size": len(tokenizer),
+            "pad_token_id": tokenizer.pad_token_id,
+            "eos_token_id": tokenizer.eos_token_id,
+            "bos_token_id": tokenizer.bos_token_id,
+            "decoder_start_token_id": tokenizer.pad_token_id,
+        }
         try:
             settings = AutoConfig.for_model(model.architecture, **{**special, **model.settings})
         except (TypeError, ValueError) as error:
@@ -56,7 +55,24 @@ def load_model_config(config: Config, tokenizer=None):
             ) from error
     if model.dropout is not None:
         _set_dropout(settings, model.dropout)
+    _check_size(settings, tokenizer, config)
     return settings
+
+
+def _check_size(settings, tokenizer, config: Config) -> None:
+    text, data = settings.get_text_config(), config.data
+    if text.vocab_size < len(tokenizer):
+        raise UserError(
+            f"the model knows {text.vocab_size} tokens and the tokenizer has {len(tokenizer)}: they do not belong together"
+        )
+    lengths = (data.max_source_tokens, data.max_target_tokens)
+    needed = max(lengths) if settings.is_encoder_decoder else sum(lengths)
+    positions = getattr(text, "max_position_embeddings", None)  # None for T5, whose positions are relative
+    if positions is not None and needed > positions:
+        raise UserError(
+            f"data.max_source_tokens={lengths[0]} and data.max_target_tokens={lengths[1]} need {needed} positions; "
+            f"the {settings.model_type} model has {positions}"
+        )
 
 
 def _set_dropout(settings, rate: float) -> None:
@@ -75,10 +91,7 @@ def _set_dropout(settings, rate: float) -> None:
 
 
 def load_model(config: Config, tokenizer) -> nn.Module:
-    """The model in float32 on the CPU, the same on every rank.
-
-    Raises UserError when it cannot be loaded, does not know all tokens, or is too short for the data's length limits.
-    """
+    """The model in float32 on the CPU, the same on every rank. Raises UserError when it cannot be loaded."""
     from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
     settings = load_model_config(config, tokenizer)
@@ -89,28 +102,14 @@ def load_model(config: Config, tokenizer) -> nn.Module:
             model = auto.from_pretrained(config.model.name_or_path, config=settings, dtype=torch.float32)
         else:
             model = auto.from_config(settings, dtype=torch.float32)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # the hub, transformers and safetensors have errors of their own
         raise UserError(
-            f"the model {config.model.name_or_path or config.model.architecture} could not be loaded: {str(error).splitlines()[0]}"
+            f"the model {config.model.name_or_path or config.model.architecture} could not be loaded: {(str(error).splitlines() or [type(error).__name__])[0]}"
         ) from error
-    rows = model.get_output_embeddings().weight.shape[0]
-    if rows < len(tokenizer):
+    rows, known = model.get_output_embeddings().weight.shape[0], settings.get_text_config().vocab_size
+    if rows != known:
         raise UserError(
-            f"the model knows {rows} tokens and the tokenizer has {len(tokenizer)}: they do not belong together"
-        )
-    data = config.data
-    needed = (
-        max(data.max_source_tokens, data.max_target_tokens)
-        if settings.is_encoder_decoder
-        else data.max_source_tokens + data.max_target_tokens
-    )
-    positions = getattr(
-        settings.get_text_config(), "max_position_embeddings", None
-    )  # None for T5, whose positions are relative
-    if positions is not None and needed > positions:
-        raise UserError(
-            f"data.max_source_tokens={data.max_source_tokens} and data.max_target_tokens={data.max_target_tokens} need {needed} positions; "
-            f"{type(model).__name__} has {positions}"
+            f"the model's output layer has {rows} rows and its config says {known}: they do not belong together"
         )
     return model
 
@@ -124,10 +123,8 @@ def adamw(model: nn.Module, config: Config) -> torch.optim.Optimizer:
         {"params": [parameter for parameter in parameters if parameter.dim() < 2], "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]
-    offload = (
-        config.deepspeed_sharding().get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none")
-    )
-    if offload == "none":
+    offload = config.deepspeed_sharding()["zero_optimization"].get("offload_optimizer") or {}
+    if offload.get("device", "none") == "none":
         return torch.optim.AdamW(groups, lr=config.training.learning_rate)
     from deepspeed.ops.adam import DeepSpeedCPUAdam
 
@@ -151,6 +148,20 @@ def deepspeed_settings(config: Config, world_size: int) -> dict:
             "communication_data_type": "fp32",
         }
     return settings
+
+
+def check_sharding(config: Config) -> None:
+    """Raises UserError for what DeepSpeed does not know inside `zero_optimization`."""
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+    from pydantic import ValidationError
+
+    try:
+        DeepSpeedZeroConfig(**config.deepspeed_sharding()["zero_optimization"])
+    except ValidationError as error:
+        problems = [f"zero_optimization.{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
+        raise UserError(
+            "\n  - ".join([f"deepspeed={config.deepspeed} is not what DeepSpeed takes", *problems])
+        ) from error
 
 
 def initialize_engine(model: nn.Module, optimizer: torch.optim.Optimizer, settings: dict):

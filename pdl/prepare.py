@@ -14,7 +14,7 @@ from pdl.config import Config, UserError
 from pdl.data import Encoder, TokenRows, label_frequencies, text_frequencies, token_rows
 from pdl.distributed import say
 from pdl.frequencies import TokenFrequencies
-from pdl.model import load_model_config
+from pdl.model import check_sharding, load_model_config
 from pdl.tokenizer import run_tokenizer, tokenizer_hash
 from pdl.weights import loss_weights
 
@@ -34,6 +34,7 @@ def prepare(config: Config) -> Prepared:
     """Tokenizer, token rows, frequencies and weights. Raises UserError, on all ranks, for data that cannot be used."""
 
     def read():
+        check_sharding(config)
         tokenizer = run_tokenizer(config)
         settings = load_model_config(config, tokenizer)
         encoder = Encoder(
@@ -62,7 +63,7 @@ def prepare(config: Config) -> Prepared:
         "validation_rows": validation.key,
         "frequencies": hashlib.sha256(frequencies.counts.numpy().tobytes()).hexdigest()[:32],
     }
-    distributed.require_equal(configuration=config.hash(), **made_with)
+    distributed.require_equal(made_with)
     seen = int((frequencies.counts > 0).sum())
     share = float(
         (frequencies.counts * weights).sum() ** 2

@@ -33,8 +33,7 @@ from pdl.train import StepRefused, Trainer, schedule
 
 def check(config: Config) -> int:
     """Everything that can be refused before training. Returns the exit code; raises UserError."""
-    if distributed.rank() == 0:
-        inspect_directory(config)
+    distributed.together(lambda: inspect_directory(config) if distributed.rank() == 0 else None)
     prepare(config)
     say("configuration and data are fine")
     return 0

@@ -5,9 +5,8 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
-import os
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from pdl.config import Config, UserError
@@ -20,8 +19,10 @@ def load_tokenizer(name_or_path: str):
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(name_or_path)
-    except (OSError, ValueError) as error:
-        raise UserError(f"the tokenizer {name_or_path} could not be loaded: {_first_line(error)}") from error
+    except Exception as error:  # a dozen kinds, bare Exception from the tokenizers library among them
+        raise UserError(
+            f"the tokenizer {name_or_path} could not be loaded: {type(error).__name__}: {_first_line(error)}"
+        ) from error
     if tokenizer.eos_token_id is None:
         raise UserError(f"the tokenizer {name_or_path} has no end-of-sequence token, which marks where a target ends")
     if tokenizer.pad_token_id is None:
@@ -38,9 +39,18 @@ def run_tokenizer(config: Config):
     )
     directory = cache_directory() / f"tokenizer-{hashlib.sha256(made_from.encode()).hexdigest()[:32]}"
     if not directory.exists():
-        texts = (text for example in examples(config, "train") for text in (example.source, example.target) if text)
-        train_tokenizer(texts, config.tokenizer.vocab_size, directory)
+        train_tokenizer(_training_texts(config), config.tokenizer.vocab_size, directory)
     return load_tokenizer(str(directory))
+
+
+def _training_texts(config: Config) -> Iterator[str]:
+    empty = True
+    for example in examples(config, "train"):
+        for text in filter(None, (example.source, example.target)):
+            empty = False
+            yield text
+    if empty:
+        raise UserError(f"data.train={config.data.train} holds nothing to learn from: no text")
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, directory: Path) -> None:
@@ -54,10 +64,20 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, directory: Path) -> N
     from transformers import AutoTokenizer
 
     special = {"pad": "<pad>", "eos": "</s>", "unk": "<unk>", "bos": "<s>"}
-    with tempfile.TemporaryDirectory() as scratch:
+    refused: list[UserError] = []
+
+    def sentences() -> Iterator[str]:
+        try:
+            yield from texts
+        except UserError as error:
+            refused.append(error)  # SentencePiece makes a RuntimeError of it
+            raise
+
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=directory.parent, suffix=".partial") as scratch:
         try:
             sentencepiece.SentencePieceTrainer.train(
-                sentence_iterator=iter(texts),
+                sentence_iterator=sentences(),
                 model_prefix=f"{scratch}/tokenizer",
                 model_type="bpe",
                 vocab_size=vocab_size,
@@ -72,9 +92,10 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, directory: Path) -> N
                 **{f"{name}_piece": piece for name, piece in special.items()},
             )
         except RuntimeError as error:
-            raise UserError(
-                f"tokenizer.vocab_size={vocab_size} does not fit the training data: {_first_line(error)}"
-            ) from error
+            if refused:
+                raise refused[0] from error
+            why = _first_line(error).rpartition("] ")[2]  # what follows "INTERNAL: file.cc(744) [condition] "
+            raise UserError(f"tokenizer.vocab_size={vocab_size} does not fit the training data: {why}") from error
         settings = {
             "tokenizer_class": "LlamaTokenizer",  # the one of transformers that reads BPE with bytes and keeps spaces
             "add_prefix_space": False,
@@ -84,15 +105,22 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, directory: Path) -> N
             **{f"{name}_token": piece for name, piece in special.items()},
         }
         Path(scratch, "tokenizer_config.json").write_text(json.dumps(settings))
-        partial = directory.with_name(f"{directory.name}.{os.getpid()}.partial")
-        AutoTokenizer.from_pretrained(scratch).save_pretrained(partial)
-        partial.rename(directory)
+        whole = Path(scratch, "whole")
+        AutoTokenizer.from_pretrained(scratch).save_pretrained(whole)
+        try:
+            whole.rename(directory)
+        except OSError:  # another node may have been first, with the same tokenizer
+            if not directory.exists():
+                raise
 
 
 def tokenizer_hash(tokenizer) -> str:
     """A hash of how texts become ids: vocabulary, merges, normalisation, special tokens."""
-    state = json.loads(tokenizer.backend_tokenizer.to_str())
-    state.pop("truncation"), state.pop("padding")  # set by the last call, not part of the tokenizer
+    if tokenizer.is_fast:
+        state = json.loads(tokenizer.backend_tokenizer.to_str())
+        state.pop("truncation"), state.pop("padding")  # set by the last call, not part of the tokenizer
+    else:  # written in Python, such as ByT5's
+        state = [type(tokenizer).__name__, tokenizer.get_vocab(), tokenizer.special_tokens_map]
     return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
 
 

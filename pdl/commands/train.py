@@ -11,7 +11,7 @@ import sys
 
 import yaml
 
-from pdl.config import UserError, load_config
+from pdl.config import UserError, flattened, load_config
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -42,6 +42,7 @@ def main(arguments: argparse.Namespace) -> int:
         config = distributed.together(
             lambda: load_config(arguments.config, arguments.overrides, distributed.world_size())
         )
+        distributed.require_equal(flattened(config.to_dict()))
         code = check(config) if arguments.check else train(config)
     except UserError as error:
         distributed.say(f"pdl: {error}", file=sys.stderr)
