@@ -116,7 +116,7 @@ def save_checkpoint(directory: Path, engine, step: int, meter_sums: torch.Tensor
     distributed.gathered(None)  # a barrier that works on any backend
     engine.save_checkpoint(str(partial), tag="engine")
     rank_state = {"meter_sums": meter_sums.cpu(), "torch_rng": torch.get_rng_state()}
-    if torch.cuda.is_available():
+    if distributed.on_gpu():
         rank_state["cuda_rng"] = torch.cuda.get_rng_state()
     save_file(rank_state, str(partial / f"rank-{distributed.rank():05d}.safetensors"))
     distributed.gathered(None)
@@ -155,7 +155,7 @@ def load_checkpoint(directory: Path, engine, meter_sums: torch.Tensor, made_with
     rank_state = load_file(newest / f"rank-{distributed.rank():05d}.safetensors")
     meter_sums.copy_(rank_state["meter_sums"])
     torch.set_rng_state(rank_state["torch_rng"])
-    if torch.cuda.is_available():
+    if distributed.on_gpu():
         torch.cuda.set_rng_state(rank_state["cuda_rng"])
     return step
 

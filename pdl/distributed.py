@@ -34,9 +34,9 @@ def start() -> None:
         os.environ.update(
             RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", LOCAL_WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=port
         )
-    if torch.cuda.is_available():
+    if on_gpu():
         torch.cuda.set_device(local_rank())
-    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=_TIMEOUT)
+    dist.init_process_group(backend(), timeout=_TIMEOUT)
 
 
 def stop() -> None:
@@ -57,8 +57,16 @@ def local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
+def on_gpu() -> bool:
+    return os.environ["DS_ACCELERATOR"] == "cuda"  # set by `start`, or by a user who wants the CPU
+
+
+def backend() -> str:
+    return "nccl" if on_gpu() else "gloo"
+
+
 def device() -> torch.device:
-    return torch.device("cuda", local_rank()) if torch.cuda.is_available() else torch.device("cpu")
+    return torch.device("cuda", local_rank()) if on_gpu() else torch.device("cpu")
 
 
 def say(text: str, file: TextIO | None = None) -> None:

@@ -172,8 +172,7 @@ def initialize_engine(model: nn.Module, optimizer: torch.optim.Optimizer, settin
     # DeepSpeed casts the whole module to bf16, rotary frequencies included, which transformers keeps in float32 when it
     # loads the exported model: the positions would differ between training and use.
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers() if buffer.is_floating_point()}
-    backend = "nccl" if torch.cuda.is_available() else "gloo"
-    deepspeed.init_distributed(dist_backend=backend, verbose=False)
+    deepspeed.init_distributed(dist_backend=distributed.backend(), verbose=False)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings, dist_init_required=False)
     for name, buffer in buffers.items():
         owner, _, attribute = name.rpartition(".")

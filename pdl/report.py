@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import resource
+import shlex
 import sys
 import time
 from importlib.metadata import version
@@ -27,7 +28,7 @@ def opening(config: Config, directory: Path, model, resumed: int | None, last_st
             f"model: {type(model).__name__}, {parameters / 1e6:.1f} M parameters, {config.training.precision}, ZeRO-{config.zero_stage}",
             f"ranks: {distributed.world_size()} x {config.training.micro_batch_size} examples x {config.accumulation(distributed.world_size())} "
             f"micro-batches = {config.training.global_batch_size} per step; {begins}",
-            f"run:   {directory}   (tensorboard --logdir {directory} --host 127.0.0.1)",
+            f"run:   {directory}   (watch it: make tensorboard)",
         ]
     )
 
@@ -114,7 +115,7 @@ def report(config: Config, prepared: Prepared, directory: Path, started: float) 
             f"\nsource:     {_one_line(example.source)}\nreference:  {_one_line(example.references[0])}\ngenerated:  {_one_line(prediction)}"
         )
     print(
-        f"\nmodel:      {directory / 'model'}\nreport:     {directory / 'report.json'}\ncurves:     tensorboard --logdir {directory} --host 127.0.0.1"
+        f"\nmodel:      {directory / 'model'}\nreport:     {directory / 'report.json'}\ncurves:     python -m tensorboard.main --logdir {shlex.quote(str(directory))} --host 127.0.0.1"
     )
 
 

@@ -1,0 +1,86 @@
+# `make` lists the targets. Everything is installed into .venv, by the first target that needs it.
+
+TASKS := summarization dialogue style-transfer code-generation
+TRAIN := $(TASKS:%=train-%)
+PORT ?= 6006
+export NPROC
+export PATH := $(CURDIR)/.venv/bin:$(PATH)
+
+.PHONY: help install $(TRAIN) test test-slow lint tensorboard clean
+
+help:
+	@echo "make install                install everything into .venv; the other targets do it when they need it"
+	@echo "make train-summarization    finetune on the embedded sample: documents to summaries"
+	@echo "make train-dialogue         ... a conversation to its next turn"
+	@echo "make train-style-transfer   ... a sentence to the same one in another style"
+	@echo "make train-code-generation  ... a description to a Python function"
+	@echo "make test                   the tests, ARGS go to pytest"
+	@echo "make test-slow              the long tests: every layout of ranks, every kind of model"
+	@echo "make lint                   ruff, checks and format"
+	@echo "make tensorboard            show all runs at http://127.0.0.1:$(PORT); another port with PORT="
+	@echo "make clean                  remove caches and build files; runs and .venv stay"
+	@echo
+	@echo "Training takes CONFIG= (default: the embedded sample), NPROC= ranks (default: one per GPU; two without GPUs) and"
+	@echo "ARGS= overrides:  make train-summarization CONFIG=my.yaml NPROC=4 ARGS=\"training.max_steps=100 loss.alpha=0.5\""
+
+install: .venv/installed
+
+# The samples are sized for one or two ranks; a CONFIG of your own gets every GPU.
+ifeq ($(CONFIG)$(NPROC),)
+$(TRAIN): export CUDA_VISIBLE_DEVICES ?= 0,1
+endif
+$(TRAIN): train-%: .venv/installed
+	@launch/torchrun.sh $(or $(CONFIG),configs/$(subst -,_,$*)/sample.yaml) $(ARGS)
+
+test: .venv/installed
+	python -m pytest $(ARGS)
+
+test-slow: .venv/installed
+	python -m pytest -m slow $(ARGS)
+
+lint: .venv/installed
+	ruff check .
+	ruff format --check .
+
+tensorboard: .venv/installed
+	tensorboard --logdir runs --host 127.0.0.1 --port $(PORT)
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .cache
+	find . \( -path ./runs -o -path ./.venv -o -path ./.git \) -prune -o -name __pycache__ -type d -exec rm -rf {} +
+
+# --- installation ---
+
+PINNED = $(shell grep -oE '^($(1))==[^ ]+' requirements.txt)
+# Python >= 3.11 with venv, and the headers that DeepSpeed's extensions are compiled against.
+FITS := import os, sys, sysconfig, venv, ensurepip; \
+	sys.exit(sys.version_info < (3, 11) or not os.path.exists(sysconfig.get_path("include") + "/Python.h"))
+
+# New pins get a new environment. One that `make` did not complete is completed.
+# DeepSpeed's collectives for ranks on the CPU are compiled here: left to the first run it is a silent minute, and a run
+# killed in it leaves a lock file on which the next one hangs. DeepSpeed has them for Linux only.
+.venv/installed: requirements.txt pyproject.toml
+	@for python in $(PYTHON) python3 python3.13 python3.12 python3.11 none; do \
+	    "$$python" -c '$(FITS)' 2>/dev/null && break; \
+	done; \
+	if [ "$$python" = none ] || ! command -v "$${CXX:-c++}" >/dev/null; then \
+	    echo "make: this needs Python >= 3.11 with venv and headers, and a C++ compiler. One line installs them:" >&2; \
+	    $(INSTALL_LINE); \
+	    exit 1; \
+	fi; \
+	set -x; "$$python" -m venv $(if $(and $(wildcard $@),$(filter requirements.txt,$?)),--clear) .venv
+	.venv/bin/python -m pip install $(call PINNED,torch|setuptools)
+	DS_ACCELERATOR=cpu DS_BUILD_SHM_COMM=$(if $(filter Linux,$(shell uname -s)),1,0) \
+	    .venv/bin/python -m pip install --no-build-isolation --no-deps --no-cache-dir $(call PINNED,deepspeed)
+	.venv/bin/python -m pip install --no-build-isolation -r requirements.txt
+	.venv/bin/python -m pip install --no-build-isolation --no-deps -e .
+	@touch $@
+
+define INSTALL_LINE
+sudo=; [ "$$(id -u)" = 0 ] || sudo="sudo "; \
+python=python3; [ ! -x /usr/bin/python3 ] || /usr/bin/python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' || python=python3.11; \
+if command -v apt-get >/dev/null; then echo "  $${sudo}apt-get install -y $$python $$python-venv $$python-dev g++"; \
+elif command -v dnf >/dev/null; then echo "  $${sudo}dnf install -y $$python $$python-devel gcc-c++"; \
+elif command -v brew >/dev/null; then echo "  brew install python@3.12"; \
+else echo "  (your package manager's names for them)"; fi >&2
+endef
