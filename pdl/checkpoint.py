@@ -20,14 +20,19 @@ _MAY_CHANGE = {
     "training.save_every",
     "training.keep_checkpoints",
     "training.resume",
+    "training.output_dir",
     "evaluation.examples",
 }
 
 
-def write_json(path: Path, content: dict) -> None:
+def write_whole(path: Path, text: str) -> None:
     partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    partial.write_text(text, encoding="utf-8")
     partial.replace(path)
+
+
+def write_json(path: Path, content: dict) -> None:
+    write_whole(path, json.dumps(content, indent=2) + "\n")
 
 
 def write_status(
@@ -35,6 +40,10 @@ def write_status(
 ) -> None:
     """`status.json`: launchers change exit codes, so rank 0 writes the true one down. state: running|done|refused|stopped|failed."""
     write_json(directory / "status.json", {"state": state, "exit_code": exit_code, "step": step, "reason": reason})
+
+
+def read_status(directory: Path) -> dict:
+    return json.loads((directory / "status.json").read_text(encoding="utf-8"))
 
 
 def inspect_directory(config: Config) -> bool:
@@ -75,25 +84,38 @@ def inspect_directory(config: Config) -> bool:
                 ]
             )
         )
-    status = directory / "status.json"
-    state = json.loads(status.read_text(encoding="utf-8")) if status.exists() else {}
-    return state.get("state") == "done" and (
-        config.training.max_steps is None or state["step"] >= config.training.max_steps
-    )
+    status = read_status(directory)
+    return status["state"] == "done" and status["step"] >= (config.training.max_steps or 0)
 
 
-def claim_directory(config: Config, tokenizer, frequencies: TokenFrequencies) -> Path:
-    """Write what a run starts with into its directory: the resolved configuration, tokenizer, frequencies, status. For rank 0."""
+def claim_directory(config: Config, tokenizer, frequencies: TokenFrequencies, made_with: dict) -> None:
+    """Begin or continue the run in its directory. For rank 0.
+
+    A new run writes what it starts with: the resolved configuration, tokenizer, frequencies. One that can be continued
+    keeps them. Raises UserError, having written nothing, when its newest checkpoint was made with something else
+    (another number of ranks, data file, seed).
+    """
     directory = Path(config.training.output_dir)
+    step = None
+    if newest := _checkpoints(directory)[-1:]:
+        stored = json.loads((newest[0] / "run.json").read_text(encoding="utf-8"))
+        step = stored["step"]
+        differences = [
+            f"{key}: {stored.get(key)!r} there, {value!r} now"
+            for key, value in made_with.items()
+            if stored.get(key) != value
+        ]
+        if differences:
+            raise UserError("\n  - ".join([f"{newest[0]} cannot be continued here", *differences]))
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        write_status(directory, "running")  # first: it tells a run's directory from others
-        (directory / "config.yaml").write_text(yaml.safe_dump(config.to_dict(), sort_keys=False), encoding="utf-8")
-        tokenizer.save_pretrained(directory / "tokenizer")
-        frequencies.save(directory / "frequencies.safetensors")
+        write_status(directory, "running", step=step)  # first: it tells a run's directory from others
+        write_whole(directory / "config.yaml", yaml.safe_dump(config.to_dict(), sort_keys=False))
+        if not newest:
+            tokenizer.save_pretrained(directory / "tokenizer")
+            frequencies.save(directory / "frequencies.safetensors")
     except OSError as error:
         raise UserError(f"training.output_dir={directory} cannot be written to: {error.strerror}") from error
-    return directory
 
 
 def _checkpoints(directory: Path) -> list[Path]:
@@ -129,10 +151,10 @@ def save_checkpoint(directory: Path, engine, step: int, meter_sums: torch.Tensor
             shutil.rmtree(old)
 
 
-def load_checkpoint(directory: Path, engine, meter_sums: torch.Tensor, made_with: dict) -> int | None:
-    """Continue from the newest checkpoint: engine, sums and random state of this rank. Returns its step, None without one.
+def load_checkpoint(directory: Path, engine, meter_sums: torch.Tensor) -> int | None:
+    """Continue from the newest checkpoint, which `claim_directory` found fit: engine, sums and random state of this rank.
 
-    Raises UserError when it was made with something else (another number of ranks, data file, seed).
+    Returns its step, None without one. A collective.
     """
     from safetensors.torch import load_file
 
@@ -140,15 +162,7 @@ def load_checkpoint(directory: Path, engine, meter_sums: torch.Tensor, made_with
     if not newest:
         return None
     newest = Path(newest[0])
-    stored = json.loads((newest / "run.json").read_text(encoding="utf-8"))
-    step = stored.pop("step")
-    differences = [
-        f"{key}: {stored.get(key)!r} there, {value!r} now"
-        for key, value in made_with.items()
-        if stored.get(key) != value
-    ]
-    if differences:
-        raise UserError("\n  - ".join([f"{newest} cannot be continued here", *differences]))
+    step = json.loads((newest / "run.json").read_text(encoding="utf-8"))["step"]
     loaded, _ = engine.load_checkpoint(str(newest), tag="engine")
     if loaded is None:
         raise RuntimeError(f"DeepSpeed found no checkpoint in {newest}")

@@ -463,6 +463,11 @@ def _check_deepspeed(config: Config, problems: list[str]) -> None:
         elif key not in _SHARDING + _WATCHING:
             # DeepSpeed ignores a key that it does not know, and some that it knows would scale the gradients.
             problems.append(f"deepspeed={path} sets {key}; it may set {', '.join(_SHARDING + _WATCHING)}")
+    for key, value in sharding.get("zero_optimization", {}).items():
+        if key.startswith("zero_quantized") or (key == "compute_grad_norm" and value is False):
+            problems.append(
+                f"deepspeed={path} sets zero_optimization.{key}, with which updates are not exact or not checked"
+            )
     if stage == 0 and config.training.precision == "bf16":
         problems.append(
             "training.precision=bf16 needs ZeRO stage 1, 2 or 3: at stage 0 DeepSpeed cannot accumulate bf16 gradients in fp32; "

@@ -71,6 +71,7 @@ def supervised_cross_entropy(
     denominator: torch.Tensor | float,
 ) -> LossSums:
     """`weighted_cross_entropy` for rows that all have a label; arguments as there."""
+    labels = labels.long()
     losses = F.cross_entropy(logits.float(), labels, reduction="none")
     token_weight = weights[labels].double()
     if token_weights is not None:

@@ -214,7 +214,8 @@ class Encoder:
     def sources(self, texts: list[str]) -> list[list[int]]:
         """What the model is given: the encoder's input, or a decoder-only model's prompt, whose beginning is cut when it is too long."""
         if self.is_encoder_decoder:
-            return self.tokenizer(texts, truncation=True, max_length=self.max_source_tokens).input_ids
+            rows = self.tokenizer(texts, truncation=True, max_length=self.max_source_tokens).input_ids
+            return [row or [self.tokenizer.eos_token_id] for row in rows]  # an encoder needs something to read
         prefix = self.prefix
         keep = self.max_source_tokens - len(prefix)
         prompts = self.tokenizer(texts, add_special_tokens=False).input_ids
@@ -470,7 +471,7 @@ class Collator:
 
 def _padded(sequences: list[list[int]], value: int) -> torch.Tensor:
     return torch.nn.utils.rnn.pad_sequence(
-        [torch.tensor(sequence) for sequence in sequences], batch_first=True, padding_value=value
+        [torch.tensor(sequence, dtype=torch.long) for sequence in sequences], batch_first=True, padding_value=value
     )
 
 

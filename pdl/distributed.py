@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import socket
 import sys
 import warnings
@@ -58,7 +59,8 @@ def local_rank() -> int:
 
 
 def on_gpu() -> bool:
-    return os.environ["DS_ACCELERATOR"] == "cuda"  # set by `start`, or by a user who wants the CPU
+    """Known once `start` was called; DS_ACCELERATOR=cpu keeps a machine's GPUs out of it."""
+    return os.environ.get("DS_ACCELERATOR") == "cuda"
 
 
 def backend() -> str:
@@ -73,6 +75,13 @@ def say(text: str, file: TextIO | None = None) -> None:
     """Print on rank 0 only."""
     if rank() == 0:
         print(text, file=file or sys.stdout, flush=True)
+
+
+def peak_memory() -> list[int]:
+    """Bytes at the peak so far, of each rank: of its GPU, or of its process."""
+    if on_gpu():
+        return gathered(torch.cuda.max_memory_allocated())
+    return gathered(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 
 
 def summed(values: torch.Tensor) -> torch.Tensor:

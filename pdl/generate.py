@@ -5,9 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from transformers import GenerationConfig
 
 from pdl import distributed
 from pdl.data import Encoder
+from pdl.model import decoder_start
 
 
 def load_exported(directory: Path):
@@ -18,6 +20,21 @@ def load_exported(directory: Path):
     return auto.from_pretrained(directory).to(distributed.device()).eval()
 
 
+def _greedy(model, encoder: Encoder) -> GenerationConfig:
+    """Plain greedy decoding. A pretrained model's own settings (penalties, minimum lengths, sampling) stay out of it."""
+    tokenizer, own = encoder.tokenizer, model.generation_config
+    return GenerationConfig(
+        max_new_tokens=encoder.max_target_tokens,
+        do_sample=False,
+        num_beams=1,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        decoder_start_token_id=decoder_start(model) if encoder.is_encoder_decoder else None,
+        forced_bos_token_id=own.forced_bos_token_id,  # the language that a multilingual model is to write
+    )
+
+
 @torch.inference_mode()
 def generate(model, encoder: Encoder, sources: list[str], batch_size: int, progress=lambda done: None) -> list[str]:
     """The model's output for each source, greedy, at most `encoder.max_target_tokens` long. A collective.
@@ -26,7 +43,10 @@ def generate(model, encoder: Encoder, sources: list[str], batch_size: int, progr
     depend on the layout. Decoder-only prompts are padded on the left.
     """
     tokenizer, device = encoder.tokenizer, distributed.device()
-    tokens = encoder.sources(sources)
+    model.generation_config = _greedy(model, encoder)
+    # A decoder-only model with nothing to go on begins as a text does.
+    begin = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+    tokens = [row or [begin] for row in encoder.sources(sources)]
     mine: dict[int, str] = {}
     for number, start in enumerate(range(0, len(tokens), batch_size)):
         if number % distributed.world_size() != distributed.rank():
@@ -42,10 +62,6 @@ def generate(model, encoder: Encoder, sources: list[str], batch_size: int, progr
         outputs = model.generate(
             input_ids=torch.tensor(rows, device=device),
             attention_mask=torch.tensor(mask, device=device),
-            max_new_tokens=encoder.max_target_tokens,
-            do_sample=False,
-            num_beams=1,
-            pad_token_id=tokenizer.pad_token_id,
         )
         if not encoder.is_encoder_decoder:
             outputs = outputs[:, length:]

@@ -162,7 +162,13 @@ def check_parity(
     was_training = model.training
     model.eval()
     with torch.random.fork_rng(devices=[labels.device] if labels.is_cuda else []):
-        loss, gradient = loss_and_gradient(head)
+        try:
+            loss, gradient = loss_and_gradient(head)
+        except (IndexError, RuntimeError, ValueError) as error:
+            raise UnsupportedModel(
+                f"{type(head._owner[0]).__name__} does more with its logits than pass them on ({error}); "
+                "loss.path=logits trains it over full logits"
+            ) from error
         reference_loss, reference_gradient = loss_and_gradient(None)
     model.train(was_training)
     loss_error = ((loss - reference_loss).abs() / reference_loss.abs()).item()

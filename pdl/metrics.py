@@ -124,7 +124,9 @@ class RunLog:
         kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
         later = lines[len(kept) :]
         if later:
-            with self.path.with_name(f"metrics.discarded-{step}.jsonl").open("a", encoding="utf-8") as discarded:
+            with self.path.with_name(f"metrics.discarded-{max(step, 0)}.jsonl").open(
+                "a", encoding="utf-8"
+            ) as discarded:
                 discarded.writelines(later)
             partial = self.path.with_suffix(".partial")
             partial.write_text("".join(kept), encoding="utf-8")
@@ -136,9 +138,6 @@ class RunLog:
         for tag, value in values.items():
             self.tensorboard.add_scalar(tag, value, step)
         self.tensorboard.flush()
-
-    def lines(self) -> list[dict]:
-        return [json.loads(line) for line in self.path.read_text(encoding="utf-8").splitlines()]
 
     def close(self) -> None:
         self.tensorboard.close()

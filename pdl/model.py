@@ -47,6 +47,8 @@ def load_model_config(config: Config, tokenizer):
             "bos_token_id": tokenizer.bos_token_id,
             "decoder_start_token_id": tokenizer.pad_token_id,
         }
+        if "forced_eos_token_id" in allowed:  # BART's default is an id of its own tokenizer
+            special["forced_eos_token_id"] = tokenizer.eos_token_id
         try:
             settings = AutoConfig.for_model(model.architecture, **{**special, **model.settings})
         except (TypeError, ValueError) as error:
@@ -114,6 +116,15 @@ def load_model(config: Config, tokenizer) -> nn.Module:
     return model
 
 
+def decoder_start(model: nn.Module) -> int:
+    """The first decoder input of an encoder-decoder. Raises UserError where the model does not say."""
+    start = getattr(model.config, "decoder_start_token_id", None)
+    start = model.generation_config.decoder_start_token_id if start is None else start
+    if start is None:
+        raise UserError(f"{type(model).__name__} has no decoder_start_token_id; set it in the config.json of the model")
+    return start
+
+
 def adamw(model: nn.Module, config: Config) -> torch.optim.Optimizer:
     """AdamW; weight decay on matrices, not on biases and norms. On the CPU by DeepSpeed where the JSON offloads the optimizer."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -165,16 +176,16 @@ def check_sharding(config: Config) -> None:
 
 
 def initialize_engine(model: nn.Module, optimizer: torch.optim.Optimizer, settings: dict):
-    """A DeepSpeed engine. Buffers stay in the precision they were made in."""
+    """A DeepSpeed engine around the model and its optimizer."""
     import deepspeed
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     # DeepSpeed casts the whole module to bf16, rotary frequencies included, which transformers keeps in float32 when it
     # loads the exported model: the positions would differ between training and use.
-    buffers = {name: buffer.clone() for name, buffer in model.named_buffers() if buffer.is_floating_point()}
+    rotary = {name: buffer.clone() for name, buffer in model.named_buffers() if name.endswith("inv_freq")}
     deepspeed.init_distributed(dist_backend=distributed.backend(), verbose=False)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings, dist_init_required=False)
-    for name, buffer in buffers.items():
+    for name, buffer in rotary.items():
         owner, _, attribute = name.rpartition(".")
         module = model.get_submodule(owner)
         module._buffers[attribute] = buffer.to(distributed.device())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 
 from pdl import distributed
 from pdl.config import Config, UserError
-from pdl.data import Encoder, TokenRows, label_frequencies, text_frequencies, token_rows
+from pdl.data import Encoder, Example, TokenRows, examples, label_frequencies, text_frequencies, token_rows
 from pdl.distributed import say
 from pdl.frequencies import TokenFrequencies
 from pdl.model import check_sharding, load_model_config
@@ -27,6 +28,8 @@ class Prepared:
     validation: TokenRows
     frequencies: TokenFrequencies
     weights: torch.Tensor  # float32 [vocabulary]
+    scored_split: str  # what is generated from at the end: test, or validation where there is no test
+    scored: list[Example]
     made_with: dict  # must be the same when the run is continued
 
 
@@ -46,9 +49,15 @@ def prepare(config: Config) -> Prepared:
         general = None
         if config.loss.general_corpus is not None:
             general = text_frequencies(Path(config.loss.general_corpus), tokenizer, hashed, vocab_size).counts
-        return tokenizer, encoder, hashed, train, validation, vocab_size, general
+        scored = list(islice(examples(config, scored_split), config.evaluation.examples))
+        if not scored and config.evaluation.examples:
+            raise UserError(
+                f"data.{scored_split}={getattr(config.data, scored_split)} holds no example to generate from"
+            )
+        return tokenizer, encoder, hashed, train, validation, vocab_size, general, scored
 
-    tokenizer, encoder, hashed, train, validation, vocab_size, general = distributed.first_then_rest(read)
+    scored_split = "test" if config.data.test is not None else "validation"
+    tokenizer, encoder, hashed, train, validation, vocab_size, general, scored = distributed.first_then_rest(read)
     frequencies = label_frequencies(train, hashed, vocab_size, str(config.data.train))
     try:
         weights = loss_weights(config.loss, frequencies.counts, general)
@@ -62,6 +71,7 @@ def prepare(config: Config) -> Prepared:
         "train_rows": train.key,
         "validation_rows": validation.key,
         "frequencies": hashlib.sha256(frequencies.counts.numpy().tobytes()).hexdigest()[:32],
+        "weights": hashlib.sha256(weights.numpy().tobytes()).hexdigest()[:32],
     }
     distributed.require_equal(made_with)
     seen = int((frequencies.counts > 0).sum())
@@ -73,4 +83,4 @@ def prepare(config: Config) -> Prepared:
     say(
         f"loss: {config.loss.describe()}, weights {weights.min():.3g} to {weights.max():.3g}, effective sample fraction {share:.2f}"
     )
-    return Prepared(tokenizer, encoder, train, validation, frequencies, weights, made_with)
+    return Prepared(tokenizer, encoder, train, validation, frequencies, weights, scored_split, scored, made_with)

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import json
-import resource
 import shlex
 import sys
 import time
 from importlib.metadata import version
-from itertools import islice
 from pathlib import Path
 
 from pdl import distributed
 from pdl.checkpoint import write_json
 from pdl.config import Config
-from pdl.data import examples, load_recipe
+from pdl.data import load_recipe
 from pdl.distributed import say
 from pdl.generate import generate, load_exported
 from pdl.prepare import Prepared
@@ -70,13 +68,12 @@ class Progress:
         self.bar.close()
 
 
-def report(config: Config, prepared: Prepared, directory: Path, started: float) -> None:
+def report(config: Config, prepared: Prepared, directory: Path, started: float, memory: list[int]) -> None:
     """Generate and score examples with the exported model, write `report.json`, print the table. A collective."""
-    split = "test" if config.data.test is not None else "validation"
-    chosen = list(islice(examples(config, split), config.evaluation.examples))
+    chosen = prepared.scored
     scores, predictions = {}, []
     if chosen:
-        say(f"generating for {len(chosen)} examples of data.{split}")
+        say(f"generating for {len(chosen)} examples of data.{prepared.scored_split}")
         predictions = generate(
             load_exported(directory / "model"),
             prepared.encoder,
@@ -85,12 +82,10 @@ def report(config: Config, prepared: Prepared, directory: Path, started: float) 
         )
         if config.task is not None:
             scores = load_recipe(config.task).scores(predictions, chosen)
-    memory = distributed.gathered(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
     if distributed.rank() != 0:
         return
     lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     validations = [line for line in lines if "validation/loss" in line]
-    trained = [line["train/tokens_per_second"] for line in lines if "train/tokens_per_second" in line]
     content = {
         "config_hash": config.hash(),
         "loss": config.loss.describe(),
@@ -98,9 +93,9 @@ def report(config: Config, prepared: Prepared, directory: Path, started: float) 
         "first_validation": validations[0],
         "last_validation": validations[-1],
         "scores": scores,
-        "scored": {"split": split, "examples": len(chosen)},
-        "tokens_per_second": sum(trained) / len(trained),
-        "peak_memory_bytes": memory,  # of each rank
+        "scored": {"split": prepared.scored_split, "examples": len(chosen)},
+        "tokens_per_second": _tokens_per_second(lines),
+        "peak_memory_bytes": memory,  # of each rank, while training
         "ranks": distributed.world_size(),
         "zero_stage": config.zero_stage,
         "wall_seconds": round(time.time() - started, 1),  # of this session of the run
@@ -117,6 +112,16 @@ def report(config: Config, prepared: Prepared, directory: Path, started: float) 
     print(
         f"\nmodel:      {directory / 'model'}\nreport:     {directory / 'report.json'}\ncurves:     python -m tensorboard.main --logdir {shlex.quote(str(directory))} --host 127.0.0.1"
     )
+
+
+def _tokens_per_second(lines: list[dict]) -> float:
+    """Over the whole run: the logged speeds, weighted by the seconds they were held for."""
+    tokens, seconds, before = 0.0, 0.0, 0
+    for line in lines:
+        if "train/step_seconds" in line:
+            held = (line["step"] - before) * line["train/step_seconds"]
+            tokens, seconds, before = tokens + held * line["train/tokens_per_second"], seconds + held, line["step"]
+    return tokens / seconds
 
 
 def table(content: dict, directory: Path) -> str:

@@ -17,6 +17,7 @@ from pdl.checkpoint import (
     export_model,
     inspect_directory,
     load_checkpoint,
+    read_status,
     save_checkpoint,
     write_status,
 )
@@ -25,7 +26,7 @@ from pdl.data import Collator, GlobalBatches
 from pdl.distributed import say
 from pdl.loss_head import LossHead, UnsupportedModel, check_parity
 from pdl.metrics import Meter, RunLog, frequency_buckets
-from pdl.model import adamw, deepspeed_settings, initialize_engine, load_model
+from pdl.model import adamw, decoder_start, deepspeed_settings, initialize_engine, load_model
 from pdl.prepare import Prepared, prepare
 from pdl.report import Progress, opening, report
 from pdl.train import StepRefused, Trainer, schedule
@@ -41,20 +42,21 @@ def check(config: Config) -> int:
 
 def train(config: Config) -> int:
     """A whole run. Returns the exit code; `status.json` has it too."""
-
     started = time.time()
     first = distributed.rank() == 0
     directory = Path(config.training.output_dir)
     if distributed.gathered(distributed.together(lambda: inspect_directory(config) if first else None))[0]:
         say(
-            f"{directory} is finished: its results are in report.json; raise training.max_steps or name another output_dir to train more"
+            f"{directory} is finished: its results are in report.json; name another training.output_dir for another run"
         )
         return 0
     prepared = prepare(config)
-    distributed.together(lambda: claim_directory(config, prepared.tokenizer, prepared.frequencies) if first else None)
-    state, code, reason, step = "failed", 1, None, None
+    distributed.together(
+        lambda: claim_directory(config, prepared.tokenizer, prepared.frequencies, prepared.made_with) if first else None
+    )
+    state, code, reason = "failed", 1, None
     try:
-        step = run(config, prepared, directory, started)
+        run(config, prepared, directory, started)
         state, code = "done", 0
     except UnsupportedModel as error:
         state, code, reason = "refused", 2, str(error)
@@ -70,13 +72,12 @@ def train(config: Config) -> int:
         raise
     finally:
         if first:
-            write_status(directory, state, code, step, reason)
+            write_status(directory, state, code, read_status(directory)["step"], reason)
     return code
 
 
-def run(config: Config, prepared: Prepared, directory: Path, started: float) -> int:
-    """Model, engine, loop, export, report. Returns the number of steps done."""
-
+def run(config: Config, prepared: Prepared, directory: Path, started: float) -> None:
+    """Model, engine, loop, export, report."""
     training = config.training
     if training.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -86,8 +87,8 @@ def run(config: Config, prepared: Prepared, directory: Path, started: float) -> 
     head = LossHead.attach(model) if config.loss.path == "head" else None
     engine = initialize_engine(model, adamw(model, config), deepspeed_settings(config, world_size))
     weights = prepared.weights.to(device)
-    decoder_start = model.config.decoder_start_token_id if prepared.encoder.is_encoder_decoder else None
-    collator = Collator(prepared.tokenizer.pad_token_id, decoder_start)
+    start = decoder_start(model) if prepared.encoder.is_encoder_decoder else None
+    collator = Collator(prepared.tokenizer.pad_token_id, start)
     batches = GlobalBatches(
         prepared.train, collator, training.seed, training.global_batch_size, training.micro_batch_size,
         epochs=training.epochs if training.max_steps is None else None,
@@ -114,7 +115,7 @@ def run(config: Config, prepared: Prepared, directory: Path, started: float) -> 
         zero_stage=config.zero_stage,
     )
     torch.manual_seed(training.seed * 1_000_003 + distributed.rank() + 1)  # dropout differs between ranks
-    resumed = load_checkpoint(directory, engine, trainer.meter.sums, prepared.made_with)
+    resumed = load_checkpoint(directory, engine, trainer.meter.sums)
     log = RunLog(directory, resumed) if distributed.rank() == 0 else None
     say(opening(config, directory, model, resumed, last_step))
     first_step = resumed or 0
@@ -123,14 +124,15 @@ def run(config: Config, prepared: Prepared, directory: Path, started: float) -> 
         progress.update(done, values)
         if values and log:
             log.write(done, values)
+            write_status(directory, "running", step=done)
         if done and (done % training.save_every == 0 or done == last_step):
             save_checkpoint(directory, engine, done, trainer.meter.sums, prepared.made_with, training.keep_checkpoints)
     progress.close()
     if log:
         log.close()
+    memory = distributed.peak_memory()
     export_model(directory, engine, prepared.tokenizer)
     engine.destroy()
     del trainer, engine, head, model
     gc.collect()
-    report(config, prepared, directory, started)
-    return last_step
+    report(config, prepared, directory, started, memory)

@@ -22,7 +22,7 @@ class StepRefused(Exception):
 
 @dataclass
 class Trainer:
-    """All that a step needs. Made by `pdl.commands.train`; everything in it is the same on every rank but the data it reads.
+    """All that a step needs. Made by `pdl.run`; everything in it is the same on every rank but the data it reads.
 
     head: None computes the loss over full logits. weights: float32 `[vocabulary]` on this rank's device; alpha is logged.
     learning_rate: the rate of an update, as a function of its step (from 0).
@@ -46,6 +46,7 @@ class Trainer:
         """Train from `first_step` to `last_step`, yielding after each step how many are done and what there is to log."""
         if first_step == 0:
             yield 0, self.validate()
+        self.engine.train()  # a pretrained model comes in eval mode, without dropout
         for step in range(first_step, last_step):
             started = time.perf_counter()
             gradient_norm = self.train_step(step)

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+os.environ.setdefault("DS_ACCELERATOR", "cpu")  # in this process too, also on a machine with GPUs
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 SHARED_DATA = REPOSITORY.parent / "shared" / "data"  # real corpora where they are at hand; tests skip without them
 
@@ -42,3 +44,16 @@ def torchrun(ranks: int, *arguments: str | Path, timeout: float = 600, **more: s
     return subprocess.run(
         command, cwd=REPOSITORY, env=environment(**more), capture_output=True, text=True, timeout=timeout
     )
+
+
+@pytest.fixture
+def group_of_one(monkeypatch):
+    """A process group of this process alone, for what is a collective."""
+    from pdl import distributed
+
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "0")  # so that what `start` sets is taken back
+        monkeypatch.delenv(name)
+    distributed.start()
+    yield
+    distributed.stop()

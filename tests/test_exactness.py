@@ -24,7 +24,7 @@ ALPHA = 0.5  # weights span more than 100x over the counts of the oracle
 TOLERANCE = 1e-5  # fp32, relative, over the whole update
 _DEFAULTS = {
     "family": "llama", "ranks": 1, "accumulation": 1, "stage": 2, "precision": "fp32", "path": "head", "reduction": "weighted_mean",
-    "alpha": ALPHA, "windows": 1.0, "mask_rank": None, "naive": False, "max_norm": 0.0, "learning_rate": 0.1, "checkpointing": False,
+    "alpha": ALPHA, "windows": 1.0, "mask_rank": None, "naive": False, "max_norm": 0.0, "learning_rate": 0.1, "checkpointing": False, "poison": False,
 }  # fmt: skip
 
 
@@ -93,6 +93,10 @@ class Runs:
 
 
 NEGATIVE_CONTROL = case(ranks=2, accumulation=3, naive=True)
+POISONED = [
+    case(ranks=2, stage=stage, poison=True, precision=precision)
+    for stage, precision in [(0, "fp32"), (2, "fp32"), (3, "bf16")]
+]
 NO_DECAY = [
     case(ranks=ranks, stage=stage, family=family, alpha=0.0)
     for ranks, stage, family in [(1, 0, "llama"), (2, 3, "llama"), (1, 2, "t5"), (2, 2, "t5")]
@@ -101,7 +105,7 @@ NO_DECAY = [
 
 @pytest.fixture(scope="module")
 def fast(tmp_path_factory):
-    return Runs([*FAST, NEGATIVE_CONTROL, *NO_DECAY], tmp_path_factory.mktemp("exactness"))
+    return Runs([*FAST, NEGATIVE_CONTROL, *NO_DECAY, *POISONED], tmp_path_factory.mktemp("exactness"))
 
 
 @pytest.fixture(scope="module")
@@ -131,10 +135,8 @@ def _reference(wanted: dict) -> dict:
     if wanted["precision"] == "bf16":  # DeepSpeed's master weights start from the rounded ones
         for parameter in model.parameters():
             parameter.data = parameter.data.bfloat16().float()
-    weight = oracle.weights(oracle.zipf_counts(models.VOCABULARY, models.TOKENS), wanted["alpha"])
-    return oracle.train(
-        model, list(_windows(wanted)), weight, wanted["reduction"], wanted["learning_rate"], wanted["max_norm"]
-    )
+    windows, weight = list(_windows(wanted)), _weight(wanted)
+    return oracle.train(model, windows, weight, wanted["reduction"], wanted["learning_rate"], wanted["max_norm"])
 
 
 def _error(update: dict[str, torch.Tensor], reference: dict[str, torch.Tensor]) -> float:
@@ -155,11 +157,25 @@ def _check(runs: Runs, wanted: dict) -> None:
         plain = oracle.bf16_update(model, pairs, weight, wanted["reduction"], wanted["learning_rate"])
         assert _error(update, reference["update"]) <= 1.5 * _error(plain, reference["update"])
     assert len(logged) == len(reference["steps"])
+    tolerance = 1e-5 if wanted["precision"] == "fp32" else 2e-2
     for values, step in zip(logged, reference["steps"], strict=True):
-        _check_metrics(values, step, wanted, 1e-5 if wanted["precision"] == "fp32" else 2e-2)
+        _check_metrics("train", values, step, wanted, tolerance)
+    _check_metrics("validation", logged[-1], reference["final"], wanted, tolerance)
+    if wanted["windows"] == 1.0:
+        assert logged[0]["train/supervised_fraction"] == pytest.approx(
+            _supervised_fraction(wanted, len(reference["steps"][0]["labels"]))
+        )
 
 
-def _check_metrics(values: dict, step: dict, wanted: dict, tolerance: float) -> None:
+def _supervised_fraction(wanted: dict, supervised: int) -> float:
+    """Supervised tokens over all label positions, padding of each micro-batch of two included."""
+    ((pairs, _),) = _windows(wanted)
+    decoder_only = not wanted["family"].startswith(("t5", "bart"))
+    lengths = [len(target) + (len(prompt) - 1 if decoder_only else 0) for prompt, target in pairs]
+    return supervised / sum(2 * max(lengths[i : i + 2]) for i in range(0, len(lengths), 2))
+
+
+def _check_metrics(prefix: str, values: dict, step: dict, wanted: dict, tolerance: float) -> None:
     """Every logged metric against its recomputation from the oracle's per-token values."""
     counts = oracle.zipf_counts(models.VOCABULARY, models.TOKENS)
     weight = oracle.weights(counts, wanted["alpha"]).double()
@@ -172,8 +188,9 @@ def _check_metrics(values: dict, step: dict, wanted: dict, tolerance: float) -> 
         "perplexity": losses.mean().exp().item(),
         "weight_mean": w.mean().item(),
         "effective_sample_fraction": (w.sum() ** 2 / (tokens * w.square().sum())).item(),
-        "grad_norm": step["grad_norm"],
     }
+    if prefix == "train":
+        expected["grad_norm"] = step["grad_norm"]
     if wanted["precision"] == "fp32":
         expected["accuracy"] = sum(step["correct"]) / tokens
     mass, bucket_of = 0, {}
@@ -187,9 +204,9 @@ def _check_metrics(values: dict, step: dict, wanted: dict, tolerance: float) -> 
         if inside.any():
             expected[f"cross_entropy/{bucket}"] = losses[inside].mean().item()
         else:
-            assert f"train/cross_entropy/{bucket}" not in values
+            assert f"{prefix}/cross_entropy/{bucket}" not in values
     for name, value in expected.items():
-        assert values[f"train/{name}"] == pytest.approx(value, rel=tolerance, abs=1e-9), name
+        assert values[f"{prefix}/{name}"] == pytest.approx(value, rel=tolerance, abs=1e-9), name
 
 
 @pytest.mark.parametrize("wanted", FAST, ids=lambda c: c["name"])
@@ -227,3 +244,11 @@ def test_alpha_zero_is_the_models_own_loss(fast, wanted):
     assert (
         _error(update, oracle.stock_loss_update(models.build(wanted["family"]), pairs, wanted["learning_rate"])) <= 1e-5
     )
+
+
+@pytest.mark.parametrize("wanted", POISONED, ids=lambda c: c["name"])
+def test_an_infinite_gradient_on_one_rank_stops_all_before_the_update(fast, wanted):
+    """DeepSpeed would apply it at stage 0, and skip it silently at the others."""
+    update, logged = fast.of(wanted)
+    assert "the gradient is not finite; dataset rows" in logged[0]["refused"]
+    assert all(not value.any() for value in update.values())

@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -16,12 +15,18 @@ import torch.nn.functional as F
 import yaml
 from conftest import REPOSITORY, environment, torchrun
 
+from pdl.config import load_config
+from pdl.data import Collator, Encoder, Example, examples
+from pdl.generate import generate, load_exported
+
 SAMPLE = "configs/summarization/sample.yaml"
+DIALOGUE = "configs/dialogue/sample.yaml"
+SOURCE, TARGET = 256, 72  # the sample's length limits
 SMALL = [  # dropout on, the end of an epoch inside a batch, logs and checkpoints at different steps
     "model.d_model=32", "model.d_kv=8", "model.d_ff=32", "model.num_layers=1", "model.num_decoder_layers=1", "training.global_batch_size=32",
     "training.max_steps=11", "training.log_every=3", "training.save_every=2", "training.evaluate_every=5", "evaluation.examples=4",
 ]  # fmt: skip
-ZERO3 = "deepspeed=configs/deepspeed/zero3.json"
+ZERO3 = "deepspeed=tests/distributed/zero3.json"  # every parameter sharded, however small
 TIMES = {"train/tokens_per_second", "train/step_seconds"}
 
 
@@ -43,9 +48,25 @@ def finished(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def finished_zero3(tmp_path_factory) -> Path:
-    directory = tmp_path_factory.mktemp("finished-zero3") / "run"
-    ended = train(2, directory, ZERO3)
+def other_overrides(finished) -> list[str]:
+    """ZeRO-3, and a pretrained model: it comes in eval mode, so that a resumed run must switch dropout on itself."""
+    return [ZERO3, f"model={{name_or_path: {finished / 'model'}, dropout: 0.2}}", "tokenizer=null"]
+
+
+@pytest.fixture(scope="module")
+def finished_other(tmp_path_factory, other_overrides) -> Path:
+    directory = tmp_path_factory.mktemp("finished-other") / "run"
+    ended = train(2, directory, *other_overrides)
+    assert ended.returncode == 0, ended.stderr
+    return directory
+
+
+@pytest.fixture(scope="module")
+def finished_dialogue(tmp_path_factory) -> Path:
+    """A decoder-only model."""
+    directory = tmp_path_factory.mktemp("finished-dialogue") / "run"
+    small = ["training.max_steps=8", "training.warmup_steps=0", "evaluation.examples=4", "training.evaluate_every=100"]
+    ended = torchrun(1, "-m", "pdl", "train", DIALOGUE, *small, f"training.output_dir={directory}")
     assert ended.returncode == 0, ended.stderr
     return directory
 
@@ -73,12 +94,12 @@ def test_what_a_run_leaves(finished):
     assert set(report["scores"]) == {"rouge1", "rouge2", "rougeL", "distinct2", "length_ratio"}
 
 
-@pytest.mark.parametrize("stage", [2, 3])
-def test_the_exported_model_has_the_logged_loss(request, stage):
+@pytest.mark.parametrize("run", ["finished", "finished_other"])
+def test_the_exported_model_has_the_logged_loss(request, run):
     """Model, tokenizer, template, labels and counts, end to end: the validation loss again, from the files, by transformers alone."""
     from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
-    finished = request.getfixturevalue("finished" if stage == 2 else "finished_zero3")
+    finished = request.getfixturevalue(run)
     tokenizer = AutoTokenizer.from_pretrained(finished / "model")
     model = AutoModelForSeq2SeqLM.from_pretrained(finished / "model").eval()
     records = [
@@ -87,8 +108,8 @@ def test_the_exported_model_has_the_logged_loss(request, stage):
     ]
     losses, labels = [], []
     for record in records:
-        source = tokenizer(record["document"], return_tensors="pt", truncation=True, max_length=256).input_ids
-        target = torch.tensor([[*tokenizer(record["summary"]).input_ids, tokenizer.eos_token_id]])[:, :64]
+        source = tokenizer(record["document"], return_tensors="pt", truncation=True, max_length=SOURCE).input_ids
+        target = torch.tensor([[*tokenizer(record["summary"]).input_ids, tokenizer.eos_token_id]])[:, :TARGET]
         with torch.no_grad():
             logits = model(input_ids=source, labels=target).logits[0]
         losses.append(F.cross_entropy(logits.double(), target[0], reduction="none"))
@@ -99,7 +120,7 @@ def test_the_exported_model_has_the_logged_loss(request, stage):
     train = [
         json.loads(line) for line in (REPOSITORY / "recipes/summarization/sample/train.jsonl").read_text().splitlines()
     ]
-    targets = [[*tokenizer(record["summary"]).input_ids, tokenizer.eos_token_id][:64] for record in train]
+    targets = [[*tokenizer(record["summary"]).input_ids, tokenizer.eos_token_id][:TARGET] for record in train]
     counts = torch.bincount(
         torch.tensor([token for target in targets for token in target]), minlength=model.config.vocab_size
     ).double()
@@ -116,11 +137,12 @@ def test_a_finished_run_says_so_and_is_left_alone(finished):
     assert {path: path.stat().st_mtime_ns for path in finished.rglob("*")} == before
 
 
-@pytest.mark.parametrize("stage", [2, 3])
-def test_killed_and_resumed_logs_the_same(request, tmp_path, stage):
+@pytest.mark.parametrize("run", ["finished", "finished_other"])
+def test_killed_and_resumed_logs_the_same(request, tmp_path, run):
     """SIGKILL to every process once step 5 is logged; the run goes on from step 4 as if nothing had happened."""
     directory = tmp_path / "run"
-    overrides = [] if stage == 2 else [ZERO3]
+    reference = logged(request.getfixturevalue(run))
+    overrides = [] if run == "finished" else request.getfixturevalue("other_overrides")
     command = [
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "pdl", "train", SAMPLE, *SMALL,
         f"training.output_dir={directory}", *overrides,
@@ -146,7 +168,21 @@ def test_killed_and_resumed_logs_the_same(request, tmp_path, stage):
     ended = train(2, directory, *overrides)
     assert ended.returncode == 0, ended.stderr
     assert "continuing at step" in ended.stdout
-    assert logged(directory) == logged(request.getfixturevalue("finished" if stage == 2 else "finished_zero3"))
+    assert logged(directory) == reference
+
+
+def test_other_data_under_the_same_name_is_refused_and_nothing_touched(finished_other, other_overrides, tmp_path):
+    """The data is a part of what a run was made with: here its rows change, the configuration does not."""
+    directory = tmp_path / "run"
+    records = (REPOSITORY / "recipes/summarization/sample/train.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "train.jsonl").write_text("".join(records))
+    overrides = [f"data.train={tmp_path / 'train.jsonl'}", "training.max_steps=4", "training.schedule_steps=9"]
+    assert train(2, directory, *other_overrides, *overrides).returncode == 0
+    (tmp_path / "train.jsonl").write_text("".join(records[:-1]))
+    before = {path: path.stat().st_mtime_ns for path in directory.rglob("*")}
+    ended = train(2, directory, *other_overrides, *overrides, "training.max_steps=6")
+    assert ended.returncode != 0 and "cannot be continued here" in ended.stderr and "train_rows" in ended.stderr
+    assert {path: path.stat().st_mtime_ns for path in directory.rglob("*")} == before
 
 
 def test_another_configuration_is_refused_with_the_difference(finished):
@@ -163,36 +199,77 @@ def test_another_number_of_ranks_sees_the_same_batches(tmp_path):
         assert ended.returncode == 0, ended.stderr
     for one, two in zip(*map(logged, runs), strict=True):
         assert one == pytest.approx(two, rel=1e-4)
+    one, two = (json.loads((directory / "report.json").read_text())["scores"] for directory in runs)
+    assert one == two
 
 
-def test_generation_is_the_models_own_greedy_output(finished):
-    """Batches, padding and trimming change nothing against one prompt at a time through `model.generate`."""
-    from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
+def test_the_exported_decoder_has_the_logged_loss(finished_dialogue):
+    """The same for a decoder-only model: prompt masked, shifted once, by the model's own loss."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from pdl import distributed
-    from pdl.config import load_config
-    from pdl.data import Encoder, examples
-    from pdl.generate import generate
+    tokenizer = AutoTokenizer.from_pretrained(finished_dialogue / "model")
+    model = AutoModelForCausalLM.from_pretrained(finished_dialogue / "model").eval()
+    config = load_config(DIALOGUE)
+    total, tokens = 0.0, 0
+    for example in examples(config, "validation"):
+        prompt = tokenizer(example.source).input_ids[-config.data.max_source_tokens :]
+        target = [*tokenizer(example.target).input_ids, tokenizer.eos_token_id][: config.data.max_target_tokens]
+        ids, labels = torch.tensor([prompt + target]), torch.tensor([[-100] * len(prompt) + target])
+        with torch.no_grad():
+            total += model(input_ids=ids, labels=labels).loss.item() * len(target)
+        tokens += len(target)
+    assert total / tokens == pytest.approx(logged(finished_dialogue)[-1]["validation/cross_entropy"], rel=1e-5)
 
-    tokenizer = AutoTokenizer.from_pretrained(finished / "model")
-    model = AutoModelForSeq2SeqLM.from_pretrained(finished / "model").eval()
-    sources = [example.source for example in islice(examples(load_config(SAMPLE), "test"), 6)]
-    distributed.start()
-    try:
-        texts = generate(model, Encoder(tokenizer, True, 256, 24), sources, batch_size=4)
-    finally:
-        distributed.stop()
-    for source, text in zip(sources, texts, strict=True):
-        inputs = tokenizer(source, return_tensors="pt", truncation=True, max_length=256).input_ids
-        alone = model.generate(input_ids=inputs, max_new_tokens=24, do_sample=False, num_beams=1)
-        assert text == tokenizer.decode(alone[0], skip_special_tokens=True)
+
+@pytest.mark.parametrize(("run", "config"), [("finished", SAMPLE), ("finished_dialogue", DIALOGUE)])
+def test_generation_is_the_models_own_greedy_output(request, group_of_one, run, config):
+    """Batches, padding (on the left for decoder-only models) and trimming change nothing against one prompt at a time."""
+    from transformers import AutoTokenizer
+
+    model = load_exported(request.getfixturevalue(run) / "model")
+    model.generation_config.update(repetition_penalty=1.5, min_length=20)  # what a pretrained model may bring along
+    tokenizer = AutoTokenizer.from_pretrained(request.getfixturevalue(run) / "model")
+    encoder = Encoder(tokenizer, model.config.is_encoder_decoder, 192, 24)
+    sources = [example.source for example in islice(examples(load_config(config), "test"), 6)]
+    texts = generate(model, encoder, sources, batch_size=4)
+    for ids, text in zip(encoder.sources(sources), texts, strict=True):
+        read = torch.tensor([ids])
+        written = torch.tensor([[tokenizer.pad_token_id]]) if encoder.is_encoder_decoder else read
+        for _ in range(24):  # greedy, written out
+            inputs = (
+                {"input_ids": read, "decoder_input_ids": written}
+                if encoder.is_encoder_decoder
+                else {"input_ids": written}
+            )
+            with torch.no_grad():
+                following = model(**inputs).logits[:, -1].argmax(-1, keepdim=True)
+            written = torch.cat([written, following], dim=1)
+            if following.item() == tokenizer.eos_token_id:
+                break
+        begun = 1 if encoder.is_encoder_decoder else len(ids)
+        assert text == tokenizer.decode(written[0, begun:], skip_special_tokens=True)
+
+
+def test_an_empty_source_is_learned_and_generated_from(finished, finished_dialogue, group_of_one):
+    from transformers import AutoTokenizer
+
+    for directory, example in (
+        (finished, Example("", "words", ("words",))),
+        (finished_dialogue, Example("", " words", (" words",))),
+    ):
+        model = load_exported(directory / "model")
+        encoder = Encoder(AutoTokenizer.from_pretrained(directory / "model"), model.config.is_encoder_decoder, 64, 8)
+        rows, _ = encoder.rows([example])
+        batch = Collator(0, 0 if encoder.is_encoder_decoder else None)(rows)
+        assert torch.isfinite(model(**batch.inputs).logits).all()
+        assert len(generate(model, encoder, ["", ""], batch_size=2)) == 2
 
 
 def test_a_non_finite_loss_stops_before_the_update(tmp_path):
-    """A learning rate that blows up: every rank ends, non-zero, and no checkpoint holds what is not finite."""
+    """A learning rate that blows up at the first step: every rank ends, non-zero, before a checkpoint is written."""
     directory = tmp_path / "run"
     ended = train(2, directory, "training.learning_rate=1e30", "training.warmup_steps=0", "training.max_grad_norm=0")
     status = json.loads((directory / "status.json").read_text())
     assert ended.returncode != 0 and status["state"] == "failed" and status["exit_code"] == 1
     assert "is not finite" in status["reason"] and "dataset rows" in status["reason"]
-    shutil.rmtree(directory)
+    assert not list(directory.glob("checkpoints/*")) and not (directory / "model").exists()

@@ -1,6 +1,7 @@
 """Code generation: a description becomes code. Fields: any two, named by `data.source_field` and `data.target_field`.
 
-Generated code is scored as text and never run.
+The description becomes a comment, which code in many languages may begin with. Generated code is scored as text and
+never run.
 """
 
 from collections.abc import Iterator
@@ -10,8 +11,10 @@ from pdl.data import Example
 
 
 def examples(record: dict) -> Iterator[Example]:
+    comment = "".join(f"# {line}".rstrip() + "\n" for line in record["source"].strip().splitlines())
+    # Indentation and line breaks are part of the code. Only the kind of line break is made one: some sets have \r\n.
     code = record["target"].replace("\r\n", "\n").replace("\r", "\n")
-    yield Example(f"# {record['source'].strip()}\n", code, (code,))
+    yield Example(comment, code, (code,))
 
 
 def scores(predictions: list[str], examples: list[Example]) -> dict[str, float]:

@@ -1,6 +1,7 @@
 """Summarization: a document becomes its summary. Fields: any two, named by `data.source_field` and `data.target_field`.
 
-A test record may have several references: numbered fields beside the target's name, as DialogSum's summary1, summary2, summary3.
+A record may have several references in numbered fields, as the `summary1`, `summary2`, `summary3` of DialogSum's test set:
+a prediction is scored against each of them, and the first is the target.
 """
 
 import re
@@ -11,7 +12,7 @@ from pdl.data import Example
 
 
 def examples(record: dict) -> Iterator[Example]:
-    numbered = [text for name, text in record.items() if re.fullmatch(r"(summary|target)\d+", name)]
+    numbered = [text for name, text in record.items() if re.fullmatch(r"(summary|target)\d+", name) and text]
     references = tuple(numbered) or (record["target"],)
     yield Example(record["source"], references[0], references)
 

@@ -50,19 +50,19 @@ if __name__ == "__main__":
         table = write(Path(scratch) / "rows.arrow", tokens)
         shuffled = table.shuffle(seed=1)
         seconds(table.select(range(1000)))
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         whole = table.data.column("labels")
         flat = np.concatenate([chunk.flatten().to_numpy() for chunk in whole.slice(0, min(len(whole), 40_000)).chunks])
         started = time.perf_counter()
         np.bincount(flat[flat >= 0], minlength=VOCABULARY)
         lower_bound = len(flat) / (time.perf_counter() - started)
         del flat
+        baseline = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         for name, counted in (("in order", table), ("shuffled", shuffled)):
             rates = [tokens / seconds(counted) / 1e6 for _ in range(5)]
             print(
                 f"{name}: {np.median(rates):.0f} M tokens/s (of 5: {min(rates):.0f} to {max(rates):.0f}), numpy on an array in memory {lower_bound / 1e6:.0f}"
             )
-        grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+        grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - baseline
         print(
             f"peak memory grew by {grown / 1024:.0f} MiB while counting {tokens * 4 / 2**20:.0f} MiB of labels (file pages included)"
         )

@@ -60,20 +60,29 @@ def train(model, windows, weight, reduction: str, learning_rate: float, max_norm
         loss = objective(logits, labels, weight, reduction)
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm if max_norm else float("inf"))
-        with torch.no_grad():
-            rows = labels != -100
-            tokens = F.cross_entropy(logits[rows].float(), labels[rows], reduction="none").double()
-            steps.append(
-                {
-                    "loss": loss.item(),
-                    "grad_norm": norm.item(),
-                    "token_losses": tokens.tolist(),
-                    "labels": labels[rows].tolist(),
-                    "correct": (logits[rows].argmax(-1) == labels[rows]).tolist(),
-                }
-            )
+        steps.append({"loss": loss.item(), "grad_norm": norm.item(), **per_token(logits, labels)})
         optimizer.step()
-    return {"update": {n: (p.detach() - before[n]) for n, p in model.named_parameters()}, "steps": steps}
+    pairs = [pair for window, _ in windows for pair in window]
+    masked, first = set(), 0
+    for window, rows in windows:
+        masked |= {first + row for row in rows}
+        first += len(window)
+    with torch.no_grad():
+        logits, labels = full_batch(model, pairs, masked)
+        final = {"loss": objective(logits, labels, weight, reduction).item(), **per_token(logits, labels)}
+    return {
+        "update": {n: (p.detach() - before[n]) for n, p in model.named_parameters()},
+        "steps": steps,
+        "final": final,
+    }
+
+
+@torch.no_grad()
+def per_token(logits, labels) -> dict[str, list]:
+    rows = labels != -100
+    losses = F.cross_entropy(logits[rows].float(), labels[rows], reduction="none").double()
+    correct = logits[rows].argmax(-1) == labels[rows]
+    return {"token_losses": losses.tolist(), "labels": labels[rows].tolist(), "correct": correct.tolist()}
 
 
 def bf16_update(model, pairs, weight, reduction: str, learning_rate: float) -> dict[str, torch.Tensor]:

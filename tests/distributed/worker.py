@@ -16,11 +16,14 @@ from oracle import zipf_counts
 from safetensors.torch import save_file
 
 from pdl import distributed, power_law_weights
+from pdl.config import Config, TrainingConfig
 from pdl.data import Collator, GlobalBatches, TokenRows
 from pdl.loss_head import LossHead, check_parity, loss_of
 from pdl.metrics import Meter, frequency_buckets
-from pdl.model import initialize_engine
-from pdl.train import Trainer
+from pdl.model import deepspeed_settings, initialize_engine
+from pdl.train import StepRefused, Trainer
+
+HERE = Path(__file__).parent
 
 
 class MeanOfMeans(Trainer):
@@ -61,6 +64,16 @@ def full_parameters(model, precision: str) -> dict[str, torch.Tensor]:
     return whole
 
 
+def poison(model) -> None:
+    """The loss stays finite, the gradients behind the last norm do not."""
+
+    def infinite(module, inputs, output):
+        if output.requires_grad:
+            output.register_hook(lambda gradient: gradient * torch.inf)
+
+    model.model.norm.register_forward_hook(infinite)
+
+
 def run(case: dict, out: Path) -> None:
     world_size = distributed.world_size()
     model = build(case["family"])
@@ -85,23 +98,17 @@ def run(case: dict, out: Path) -> None:
     collator = Collator(0, 0 if model.config.is_encoder_decoder else None)
     batches = dataclasses.replace(order, rows=rows, collator=collator)
 
-    settings = {
-        "train_micro_batch_size_per_gpu": micro,
-        "gradient_accumulation_steps": accumulation,
-        "gradient_clipping": case["max_norm"],
-        "zero_allow_untested_optimizer": True,
-        "steps_per_print": None,
-        "zero_optimization": {"stage": case["stage"]},
-    }
-    if case["precision"] == "bf16":
-        settings |= {
-            "bf16": {"enabled": True},
-            "data_types": {"grad_accum_dtype": "fp32"},
-            "communication_data_type": "fp32",
-        }
+    training = TrainingConfig(
+        global_batch_size=size, micro_batch_size=micro, max_grad_norm=case["max_norm"], precision=case["precision"]
+    )
+    # Stage 3 keeps small parameters whole on every rank; here nothing is small, so that all are gathered and released.
+    sharding = HERE / "zero3.json" if case["stage"] == 3 else f"configs/deepspeed/zero{case['stage']}.json"
+    config = Config(training=training, deepspeed=str(sharding))
+    assert config.accumulation(world_size) == accumulation
     if case["checkpointing"]:
         model.gradient_checkpointing_enable()
-    engine = initialize_engine(model, torch.optim.SGD(model.parameters(), lr=case["learning_rate"]), settings)
+    optimizer = torch.optim.SGD(model.parameters(), lr=case["learning_rate"])
+    engine = initialize_engine(model, optimizer, deepspeed_settings(config, world_size))
     counts = zipf_counts(VOCABULARY, TOKENS)
     weights = power_law_weights(counts, case["alpha"])
     if head is not None:
@@ -119,7 +126,14 @@ def run(case: dict, out: Path) -> None:
         batches=batches, validation=rows, collator=collator, learning_rate=lambda step: case["learning_rate"],
         reduction=case["reduction"], alpha=case["alpha"], zero_stage=case["stage"],
     )  # fmt: skip
-    values = [values for done, values in trainer.steps(0, batches.steps, log_every=1, evaluate_every=10**9) if done]
+    if case["poison"] and distributed.rank() == world_size - 1:
+        poison(model)
+    values = []
+    try:
+        for done, logged in trainer.steps(0, batches.steps, log_every=1, evaluate_every=10**9):
+            values += [logged] if done else []
+    except StepRefused as refused:
+        values = [{"refused": str(refused)}]
     after = full_parameters(model, case["precision"])
     if distributed.rank() == 0:
         save_file({name: after[name] - before[name] for name in after}, out / f"{case['name']}.safetensors")
