@@ -186,16 +186,15 @@ def write_pretrained(directory: Path, task: str) -> None:
     decoder = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 1024}  # fmt: skip
     torch.manual_seed(0)
     match task:
-        case (
-            "dialogue"
-        ):  # SmolLM2 ties its embeddings, has no padding token, and begins texts with the token that ends them
+        case "dialogue":  # SmolLM2 ties its embeddings, has no padding token, and begins texts with what ends them
             model = LlamaForCausalLM(LlamaConfig(**decoder, **rows, bos_token_id=rows["eos_token_id"], tie_word_embeddings=True))  # fmt: skip
             tokenizer.pad_token, tokenizer.bos_token = None, tokenizer.eos_token
             tokenizer.save_pretrained(directory)
         case "code_generation":
             model = Qwen2ForCausalLM(Qwen2Config(**decoder, **rows, tie_word_embeddings=True))
-        case _:  # FLAN-T5 has a gated feed-forward and an output embedding of its own
-            model = T5ForConditionalGeneration(T5Config(**t5, **rows, feed_forward_proj="gated-gelu", tie_word_embeddings=False))  # fmt: skip
+        case _:  # FLAN-T5 has a gated feed-forward, and its checkpoint an output embedding of its own
+            model = T5ForConditionalGeneration(T5Config(**t5, **rows, feed_forward_proj="gated-gelu"))
+            model.lm_head.weight = torch.nn.Parameter(torch.randn_like(model.lm_head.weight))
     model.save_pretrained(directory)
 
 
