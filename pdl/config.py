@@ -463,7 +463,7 @@ def _check_deepspeed(config: Config, problems: list[str]) -> None:
         elif key not in _SHARDING + _WATCHING:
             # DeepSpeed ignores a key that it does not know, and some that it knows would scale the gradients.
             problems.append(f"deepspeed={path} sets {key}; it may set {', '.join(_SHARDING + _WATCHING)}")
-    for key, value in sharding.get("zero_optimization", {}).items():
+    for key, value in zero.items() if isinstance(zero, dict) else ():
         if key.startswith("zero_quantized") or (key == "compute_grad_norm" and value is False):
             problems.append(
                 f"deepspeed={path} sets zero_optimization.{key}, with which updates are not exact or not checked"
