@@ -151,7 +151,6 @@ def test_killed_and_resumed_logs_the_same(request, tmp_path, run):
         command,
         cwd=REPOSITORY,
         env=environment(),
-        start_new_session=True,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
@@ -160,11 +159,10 @@ def test_killed_and_resumed_logs_the_same(request, tmp_path, run):
     while not (log.exists() and '"step": 5' in log.read_text()):
         assert process.poll() is None and time.time() < deadline
         time.sleep(0.01)
-    os.killpg(process.pid, signal.SIGKILL)
+    workers = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True)
+    for pid in [process.pid, *map(int, workers.stdout.split())]:
+        os.kill(pid, signal.SIGKILL)
     process.wait()
-    subprocess.run(
-        ["pkill", "-KILL", "-f", str(directory)], check=False
-    )  # torchrun's workers have sessions of their own
     ended = train(2, directory, *overrides)
     assert ended.returncode == 0, ended.stderr
     assert "continuing at step" in ended.stdout
