@@ -23,6 +23,11 @@ class UserError(Exception):
     """Something the user can mend. Shown without a traceback; the process ends with exit code 2."""
 
 
+def first_line(error: Exception) -> str:
+    """What a library's error says, short enough to quote in a UserError."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
 @dataclass
 class DataConfig:
     train: Any = None  # a path (.jsonl .json .csv .tsv .parquet), {source: a.txt, target: b.txt}, or hub:owner/name[/config][@revision]:split

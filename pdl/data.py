@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from pdl import distributed
-from pdl.config import Config, UserError, hub_address, recipe_path
+from pdl.config import Config, UserError, first_line, hub_address, recipe_path
 from pdl.frequencies import TokenFrequencies
 
 IGNORE = -100  # the label of a position that takes no part in the loss
@@ -137,7 +137,7 @@ def hub_dataset(source: str):
         )
     except Exception as error:  # the library raises a dozen kinds, OSError and ValueError among them
         raise UserError(
-            f"{source} could not be loaded from the hub: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}\n"
+            f"{source} could not be loaded from the hub: {type(error).__name__}: {first_line(error)}\n"
             "    Without a network, give a local file (data.train=my.jsonl), or fill the cache where there is one and set HF_HUB_OFFLINE=1 here."
         ) from error
 
@@ -456,8 +456,8 @@ class Collator:
     decoder_start_token_id: int | None = None
 
     def __call__(self, rows: list[dict]) -> Batch:
-        inputs = _padded([row["input_ids"] for row in rows], self.pad_token_id)
-        labels = _padded([row["labels"] for row in rows], IGNORE)
+        inputs = padded([row["input_ids"] for row in rows], self.pad_token_id)
+        labels = padded([row["labels"] for row in rows], IGNORE)
         lengths = torch.tensor([len(row["input_ids"]) for row in rows])
         attention_mask = (torch.arange(inputs.shape[1]) < lengths[:, None]).long()
         arguments = {"input_ids": inputs, "attention_mask": attention_mask}
@@ -469,10 +469,10 @@ class Collator:
         return Batch(arguments, labels)
 
 
-def _padded(sequences: list[list[int]], value: int) -> torch.Tensor:
-    return torch.nn.utils.rnn.pad_sequence(
-        [torch.tensor(sequence, dtype=torch.long) for sequence in sequences], batch_first=True, padding_value=value
-    )
+def padded(sequences: list[list[int]], value: int, side: str = "right") -> torch.Tensor:
+    """int64 `[batch, longest]`."""
+    rows = [torch.tensor(sequence, dtype=torch.long) for sequence in sequences]
+    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value, padding_side=side)
 
 
 @dataclass

@@ -5,18 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from transformers import GenerationConfig
+from transformers import AutoConfig, GenerationConfig
 
 from pdl import distributed
-from pdl.data import Encoder
-from pdl.model import decoder_start
+from pdl.data import Encoder, padded
+from pdl.model import auto_class, decoder_start
 
 
 def load_exported(directory: Path):
     """The model in `directory`, on this rank's device, ready to generate."""
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
-
-    auto = AutoModelForSeq2SeqLM if AutoConfig.from_pretrained(directory).is_encoder_decoder else AutoModelForCausalLM
+    auto = auto_class(AutoConfig.from_pretrained(directory))
     return auto.from_pretrained(directory).to(distributed.device()).eval()
 
 
@@ -36,13 +34,14 @@ def _greedy(model, encoder: Encoder) -> GenerationConfig:
 
 
 @torch.inference_mode()
-def generate(model, encoder: Encoder, sources: list[str], batch_size: int, progress=lambda done: None) -> list[str]:
+def generate(model, encoder: Encoder, sources: list[str], batch_size: int) -> list[str]:
     """The model's output for each source, greedy, at most `encoder.max_target_tokens` long. A collective.
 
     Batch b always holds the same sources and whole batches go to ranks, so padding, and with it rounding, does not
     depend on the layout. Decoder-only prompts are padded on the left.
     """
     tokenizer, device = encoder.tokenizer, distributed.device()
+    side = "right" if encoder.is_encoder_decoder else "left"
     model.generation_config = _greedy(model, encoder)
     # A decoder-only model with nothing to go on begins as a text does.
     begin = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
@@ -52,21 +51,12 @@ def generate(model, encoder: Encoder, sources: list[str], batch_size: int, progr
         if number % distributed.world_size() != distributed.rank():
             continue
         batch = tokens[start : start + batch_size]
-        length = max(len(row) for row in batch)
-        padding = [[tokenizer.pad_token_id] * (length - len(row)) for row in batch]
-        mask = [[0] * len(pad) + [1] * len(row) for pad, row in zip(padding, batch, strict=True)]
-        rows = [pad + row for pad, row in zip(padding, batch, strict=True)]
-        if encoder.is_encoder_decoder:
-            rows = [row + pad for pad, row in zip(padding, batch, strict=True)]
-            mask = [list(reversed(row)) for row in mask]
-        outputs = model.generate(
-            input_ids=torch.tensor(rows, device=device),
-            attention_mask=torch.tensor(mask, device=device),
-        )
+        input_ids = padded(batch, tokenizer.pad_token_id, side).to(device)
+        attention_mask = padded([[1] * len(row) for row in batch], 0, side).to(device)
+        outputs = model.generate(input_ids=input_ids, attention_mask=attention_mask)
         if not encoder.is_encoder_decoder:
-            outputs = outputs[:, length:]
+            outputs = outputs[:, input_ids.shape[1] :]
         for offset, output in enumerate(tokenizer.batch_decode(outputs, skip_special_tokens=True)):
             mine[start + offset] = output
-        progress(len(mine))
     whole = {index: text for part in distributed.gathered(mine) for index, text in part.items()}
     return [whole[index] for index in range(len(sources))]

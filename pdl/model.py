@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from pdl import distributed
-from pdl.config import Config, UserError
+from pdl.config import Config, UserError, first_line
 
 
 def load_model_config(config: Config, tokenizer):
@@ -26,7 +26,7 @@ def load_model_config(config: Config, tokenizer):
             settings = AutoConfig.from_pretrained(model.name_or_path)
         except (OSError, ValueError) as error:
             raise UserError(
-                f"model.name_or_path={model.name_or_path} could not be loaded: {str(error).splitlines()[0]}"
+                f"model.name_or_path={model.name_or_path} could not be loaded: {first_line(error)}"
             ) from error
     else:
         if model.architecture not in CONFIG_MAPPING:
@@ -53,7 +53,7 @@ def load_model_config(config: Config, tokenizer):
             settings = AutoConfig.for_model(model.architecture, **{**special, **model.settings})
         except (TypeError, ValueError) as error:
             raise UserError(
-                f"model.architecture={model.architecture} does not take these settings: {str(error).splitlines()[0]}"
+                f"model.architecture={model.architecture} does not take these settings: {first_line(error)}"
             ) from error
     if model.dropout is not None:
         _set_dropout(settings, model.dropout)
@@ -92,12 +92,17 @@ def _set_dropout(settings, rate: float) -> None:
         setattr(text, name, rate)
 
 
-def load_model(config: Config, tokenizer) -> nn.Module:
-    """The model in float32 on the CPU, the same on every rank. Raises UserError when it cannot be loaded."""
+def auto_class(settings):
+    """The transformers class that makes a language model of a config."""
     from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
+    return AutoModelForSeq2SeqLM if settings.is_encoder_decoder else AutoModelForCausalLM
+
+
+def load_model(config: Config, tokenizer) -> nn.Module:
+    """The model in float32 on the CPU, the same on every rank. Raises UserError when it cannot be loaded."""
     settings = load_model_config(config, tokenizer)
-    auto = AutoModelForSeq2SeqLM if settings.is_encoder_decoder else AutoModelForCausalLM
+    auto = auto_class(settings)
     torch.manual_seed(config.training.seed)  # new weights are drawn alike on every rank
     try:
         if config.model.name_or_path is not None:
@@ -106,7 +111,7 @@ def load_model(config: Config, tokenizer) -> nn.Module:
             model = auto.from_config(settings, dtype=torch.float32)
     except Exception as error:  # the hub, transformers and safetensors have errors of their own
         raise UserError(
-            f"the model {config.model.name_or_path or config.model.architecture} could not be loaded: {(str(error).splitlines() or [type(error).__name__])[0]}"
+            f"the model {config.model.name_or_path or config.model.architecture} could not be loaded: {first_line(error)}"
         ) from error
     rows, known = model.get_output_embeddings().weight.shape[0], settings.get_text_config().vocab_size
     if rows != known:

@@ -104,7 +104,7 @@ def report(config: Config, prepared: Prepared, directory: Path, started: float, 
         },
     }
     write_json(directory / "report.json", content)
-    print(table(content, directory))
+    print(table(content))
     for example, prediction in zip(chosen[:3], predictions[:3], strict=True):
         print(
             f"\nsource:     {_one_line(example.source)}\nreference:  {_one_line(example.references[0])}\ngenerated:  {_one_line(prediction)}"
@@ -124,7 +124,7 @@ def _tokens_per_second(lines: list[dict]) -> float:
     return tokens / seconds
 
 
-def table(content: dict, directory: Path) -> str:
+def table(content: dict) -> str:
     before, after = content["first_validation"], content["last_validation"]
     rows = [("validation", "before", "after")]
     for key in (

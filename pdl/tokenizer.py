@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from pdl.config import Config, UserError
+from pdl.config import Config, UserError, first_line
 from pdl.data import cache_directory, examples, examples_hash
 
 
@@ -21,7 +21,7 @@ def load_tokenizer(name_or_path: str):
         tokenizer = AutoTokenizer.from_pretrained(name_or_path)
     except Exception as error:  # a dozen kinds, bare Exception from the tokenizers library among them
         raise UserError(
-            f"the tokenizer {name_or_path} could not be loaded: {type(error).__name__}: {_first_line(error)}"
+            f"the tokenizer {name_or_path} could not be loaded: {type(error).__name__}: {first_line(error)}"
         ) from error
     if tokenizer.eos_token_id is None:
         raise UserError(f"the tokenizer {name_or_path} has no end-of-sequence token, which marks where a target ends")
@@ -94,7 +94,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, directory: Path) -> N
         except RuntimeError as error:
             if refused:
                 raise refused[0] from error
-            why = _first_line(error).rpartition("] ")[2]  # what follows "INTERNAL: file.cc(744) [condition] "
+            why = first_line(error).rpartition("] ")[2]  # what follows "INTERNAL: file.cc(744) [condition] "
             raise UserError(f"tokenizer.vocab_size={vocab_size} does not fit the training data: {why}") from error
         settings = {
             "tokenizer_class": "LlamaTokenizer",  # the one of transformers that reads BPE with bytes and keeps spaces
@@ -122,7 +122,3 @@ def tokenizer_hash(tokenizer) -> str:
     else:  # written in Python, such as ByT5's
         state = [type(tokenizer).__name__, tokenizer.get_vocab(), tokenizer.special_tokens_map]
     return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
