@@ -6,7 +6,7 @@ PORT ?= 6006
 export NPROC
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-.PHONY: help install $(TRAIN) test test-slow lint tensorboard clean
+.PHONY: help install $(TRAIN) test test-slow test-faults lint tensorboard clean
 
 help:
 	@echo "make install                install everything into .venv; the other targets do it when they need it"
@@ -16,6 +16,7 @@ help:
 	@echo "make train-code-generation  ... a description to a Python function"
 	@echo "make test                   the tests, ARGS go to pytest"
 	@echo "make test-slow              the long tests: every layout of ranks, every kind of model"
+	@echo "make test-faults            runs that are killed, stopped, damaged and starved, and what became of them"
 	@echo "make lint                   ruff, checks and format"
 	@echo "make tensorboard            show all runs at http://127.0.0.1:$(PORT); another port with PORT="
 	@echo "make clean                  remove caches and build files; runs and .venv stay"
@@ -37,6 +38,9 @@ test: .venv/installed
 
 test-slow: .venv/installed
 	python -m pytest -m slow $(ARGS)
+
+test-faults: .venv/installed
+	python -m pytest -m "faults or not slow" tests/test_faults.py tests/test_launch.py tests/test_checkpoint.py $(ARGS)
 
 lint: .venv/installed
 	ruff check .

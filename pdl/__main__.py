@@ -4,26 +4,31 @@ import argparse
 import importlib
 import sys
 
-COMMANDS = {"train": "finetune a model from a configuration"}
+COMMANDS = {
+    "train": "finetune a model from a configuration",
+    "checkpoints": "list, verify and prune the checkpoints of a run",
+    "export": "make a model for from_pretrained of a checkpoint, without a GPU",
+}
 
 
 def main(argv: list[str]) -> int:
     # The deepspeed launcher puts --local_rank=N before everything else, where argparse expects the command.
     leading = [argument for argument in argv[:1] if argument.startswith("--local_rank=")]
     command, *others = argv[len(leading) :] or [""]
-    parser = argparse.ArgumentParser(prog="python -m pdl", description="Finetuning with the Power-Law Decay Loss.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, help_text in COMMANDS.items():
-        described = commands.add_parser(name, help=help_text)
-        if command == name:
-            module = importlib.import_module(f"pdl.commands.{name}")
-            described.description = module.__doc__
-            described.formatter_class = argparse.RawDescriptionHelpFormatter
-            module.add_arguments(described)
-    # Options first: argparse takes no further positional arguments, our overrides, behind an option.
-    ordered = sorted(leading + others, key=lambda argument: not argument.startswith("-"))
-    arguments = parser.parse_args([command, *ordered] if command else ordered)
-    return module.main(arguments)
+    if command not in COMMANDS:
+        parser = argparse.ArgumentParser(prog="python -m pdl", description="Finetuning with the Power-Law Decay Loss.")
+        commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+        for name, help_text in COMMANDS.items():
+            commands.add_parser(name, help=help_text)
+        parser.parse_args(argv)  # ends with the help asked for, or with what is wrong
+    module = importlib.import_module(f"pdl.commands.{command}")
+    parser = argparse.ArgumentParser(
+        prog=f"python -m pdl {command}",
+        description=module.__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    module.add_arguments(parser)
+    return module.main(parser.parse_intermixed_args(leading + others))  # options may stand between our overrides
 
 
 if __name__ == "__main__":

@@ -78,7 +78,10 @@ class LossConfig:
 @dataclass
 class TrainingConfig:
     output_dir: str | None = None  # default: runs/<task>/<config>-<loss>-alpha<alpha>-seed<seed>
-    resume: Literal["auto", "never"] = "auto"
+    resume: str = "auto"  # continue what output_dir holds; never; or the path of a checkpoint to continue from
+    trust_checkpoint: bool = (
+        False  # a checkpoint outside output_dir may run code when it is loaded: true says that it may
+    )
     seed: int = 0
     global_batch_size: int | None = None  # examples per optimizer step, over all ranks
     micro_batch_size: int | None = None  # examples per forward on one rank; accumulation is derived
@@ -92,10 +95,16 @@ class TrainingConfig:
     max_grad_norm: float = 1.0  # 0 switches clipping off
     precision: Literal["fp32", "bf16"] = "fp32"
     deterministic: bool = False  # refuse operations without a deterministic implementation
+    skip_nonfinite: int = (
+        0  # steps whose loss or gradient is not finite that a run leaves out, never two in a row, before it stops
+    )
+    hang_seconds: float = (
+        1800.0  # without progress for so long a rank writes its stacks and ends; longer than a step or a save
+    )
     log_every: int = 10  # steps between log lines
     evaluate_every: int = 100  # steps between validations; also at step 0 and at the end
     save_every: int = 500  # steps between checkpoints
-    keep_checkpoints: int = 2
+    keep_checkpoints: int = 2  # at least two: should the newest be damaged
 
 
 @dataclass
@@ -121,6 +130,12 @@ class Config:
     @property
     def zero_stage(self) -> int:
         return self.deepspeed_sharding()["zero_optimization"]["stage"]
+
+    @property
+    def resumes_inside(self) -> bool:
+        """Whether `training.resume` names a checkpoint of this run's own."""
+        own = Path(self.training.output_dir, "checkpoints").resolve()
+        return Path(self.training.resume).resolve().parent == own
 
     def deepspeed_sharding(self) -> dict:
         """What the DeepSpeed JSON says: sharding and offload only."""
@@ -168,6 +183,12 @@ def load_config(path: str | Path, overrides: list[str] = (), world_size: int = 1
         task = Path(config.task).parent.name if config.task and config.task.endswith(".py") else config.task
         run = f"{path.stem}-{config.loss.name}-alpha{alpha:g}-seed{config.training.seed}"
         config.training.output_dir = str(Path("runs", task or "none", run))
+    resume = config.training.resume
+    if resume not in ("auto", "never") and not (config.resumes_inside or config.training.trust_checkpoint):
+        raise UserError(
+            f"training.resume={resume} lies outside training.output_dir={config.training.output_dir}: DeepSpeed's checkpoints are pickles, "
+            "which can run code when they are loaded. Where you trust it, set training.trust_checkpoint=true"
+        )
     return config
 
 
@@ -412,11 +433,19 @@ def _check_values(config: Config, world_size: int, problems: list[str]) -> None:
         "log_every",
         "evaluate_every",
         "save_every",
-        "keep_checkpoints",
+        "hang_seconds",
     ):
         value = getattr(training, key)
         need(value is None or (math.isfinite(value) and value > 0), f"training.{key}={value} must be finite and > 0")
-    for key in ("warmup_steps", "weight_decay", "max_grad_norm", "seed"):
+    need(
+        training.keep_checkpoints >= 2,
+        f"training.keep_checkpoints={training.keep_checkpoints} must be >= 2: should the newest be damaged, the one before is used",
+    )
+    need(
+        training.resume in ("auto", "never") or Path(training.resume, "manifest.json").is_file(),
+        f"training.resume={training.resume} is neither auto, never, nor the directory of a checkpoint",
+    )
+    for key in ("warmup_steps", "weight_decay", "max_grad_norm", "seed", "skip_nonfinite"):
         value = getattr(training, key)
         need(math.isfinite(value) and value >= 0, f"training.{key}={value} must be finite and >= 0")
     need(config.evaluation.examples >= 0, f"evaluation.examples={config.evaluation.examples} must be >= 0")

@@ -13,10 +13,16 @@ from typing import TextIO, TypeVar
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 
 from pdl.config import UserError
 
 T = TypeVar("T")
+
+
+class RunFailed(Exception):
+    """The run cannot go on: raised on every rank alike, so that all end together. One clear message, exit code 1."""
+
 
 # Preparing data (tokenizing, counting) is waited for inside a collective; the default of 10 minutes is too short for it.
 _TIMEOUT = timedelta(hours=2)
@@ -98,16 +104,23 @@ def gathered(value: T) -> list[T]:
     return values
 
 
-def together(work: Callable[[], T]) -> T:
-    """Run `work` on every rank; a UserError on any of them is raised on all, so that no rank waits for one that left."""
-    result, message = None, None
+def together(work: Callable[[], T], what: str | None = None) -> T:
+    """Run `work` on every rank; a UserError on any of them is raised on all, so that no rank waits for one that left.
+
+    what: names the work in the RunFailed that an error of the file system on any rank (a full disk) becomes on all.
+    """
+    result, failure = None, None
     try:
         result = work()
     except UserError as error:
-        message = str(error)
-    messages = [message for message in gathered(message) if message is not None]
-    if messages:
-        raise UserError(messages[0])
+        failure = UserError(str(error))
+    except (OSError, SafetensorError) as error:
+        if what is None:
+            raise
+        failure = RunFailed(f"{what}: {error}")
+    failures = [failure for failure in gathered(failure) if failure is not None]
+    if failures:
+        raise failures[0]
     return result
 
 

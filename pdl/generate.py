@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, GenerationConfig
 
-from pdl import distributed
+from pdl import distributed, watch
 from pdl.data import Encoder, padded
 from pdl.model import auto_class, decoder_start
 
@@ -48,6 +48,8 @@ def generate(model, encoder: Encoder, sources: list[str], batch_size: int) -> li
     tokens = [row or [begin] for row in encoder.sources(sources)]
     mine: dict[int, str] = {}
     for number, start in enumerate(range(0, len(tokens), batch_size)):
+        if number % distributed.world_size() == 0:
+            watch.agree(f"generating from example {start}")
         if number % distributed.world_size() != distributed.rank():
             continue
         batch = tokens[start : start + batch_size]

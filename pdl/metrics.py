@@ -5,14 +5,18 @@ Written to `metrics.jsonl` (one object per logged step, TensorBoard tags as keys
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+import os
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 from pdl import distributed
 from pdl.cross_entropy import LossSums
+from pdl.run_directory import write_whole
 
 BUCKETS = ("head", "middle", "tail")
 
@@ -79,9 +83,11 @@ class Meter:
     def values(self, prefix: str) -> dict[str, float]:
         """All metrics over everything added on any rank, tagged `prefix/...`. A collective: every rank calls it.
 
-        A bucket without a token leaves its cross-entropy out; without a counted step there is no speed.
+        A bucket without a token leaves its cross-entropy out; without a counted step there is no speed, without any token nothing.
         """
         total = dict(zip(self._NAMES, distributed.summed(self.sums).tolist(), strict=True))
+        if not total["tokens"]:
+            return {}
         tokens, steps = total["tokens"], total["steps"] / distributed.world_size()
         cross_entropy = sum(total[f"cross_entropy/{bucket}"] for bucket in BUCKETS) / tokens
         denominator = {"weighted_mean": total["weight"], "token_mean": tokens, "sum": max(steps, 1.0)}[self.reduction]
@@ -107,37 +113,74 @@ class Meter:
 
 
 class RunLog:
-    """`metrics.jsonl` and `tensorboard/` of a run directory. Rank 0 has one."""
+    """`metrics.jsonl` and `tensorboard/` of a run directory. Every rank has one, rank 0 writes; a full disk is RunFailed on all."""
 
-    def __init__(self, directory: Path, resumed_step: int | None):
-        """resumed_step: that of the loaded checkpoint, None for a start. What was logged after it is set aside, not lost."""
-        from torch.utils.tensorboard import SummaryWriter
-
-        last_kept = -1 if resumed_step is None else resumed_step
-        self.path = directory / "metrics.jsonl"
-        if self.path.exists():
-            self._set_aside_after(last_kept)
-        self.tensorboard = SummaryWriter(str(directory / "tensorboard"), purge_step=last_kept + 1)
-
-    def _set_aside_after(self, step: int) -> None:
-        lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-        later = lines[len(kept) :]
-        if later:
-            with self.path.with_name(f"metrics.discarded-{max(step, 0)}.jsonl").open(
-                "a", encoding="utf-8"
-            ) as discarded:
-                discarded.writelines(later)
-            partial = self.path.with_suffix(".partial")
-            partial.write_text("".join(kept), encoding="utf-8")
-            partial.replace(self.path)
+    def __init__(self, directory: Path, last_kept: int):
+        """last_kept: the last step that stays in the log, -1 for none. What was logged after it is set aside, not lost."""
+        self.path, self.events = directory / "metrics.jsonl", directory / "tensorboard"
+        self._on_rank_0(lambda: self._open(last_kept))
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, **values}) + "\n")
-        for tag, value in values.items():
-            self.tensorboard.add_scalar(tag, value, step)
-        self.tensorboard.flush()
+        """A collective, as are the others."""
+
+        def write() -> None:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": step, **values}) + "\n")
+            for tag, value in values.items():
+                self.tensorboard.add_scalar(tag, value, step)
+            self.tensorboard.flush()
+
+        self._on_rank_0(write)
+
+    def sync(self) -> None:
+        """Bring what was written to the disk: a checkpoint must not outlive the lines before it."""
+
+        def sync() -> None:
+            for path in (self.path, self.events):
+                if path.exists():
+                    with path.open("rb") as file:
+                        os.fsync(file.fileno())
+
+        self._on_rank_0(sync)
 
     def close(self) -> None:
-        self.tensorboard.close()
+        """Not a collective: also called where ranks part."""
+        if distributed.rank() == 0:
+            with contextlib.suppress(OSError):  # all that matters was flushed by `write`
+                self.tensorboard.close()
+
+    def _on_rank_0(self, work: Callable[[], None]) -> None:
+        distributed.together(lambda: work() if distributed.rank() == 0 else None, "writing the log")
+
+    def _open(self, last_kept: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        if self.path.exists():
+            self._set_aside_after(last_kept)
+        earlier = sorted(self.events.glob("events.out.tfevents.*"))
+        self.tensorboard = SummaryWriter(str(self.events), purge_step=last_kept + 1)
+        self.tensorboard.flush()
+        (self.events,) = set(self.events.glob("events.out.tfevents.*")) - set(earlier)
+        # TensorBoard reads event files in the order of their names, which begin with the time. After a clock went backwards
+        # the new one would be read first, and the earlier ones would bring back what it purges.
+        if earlier and earlier[-1].name > self.events.name:
+            for number, path in enumerate(earlier):
+                path.rename(path.with_name(f"events.out.tfevents.{number:010d}.{path.name.split('.', 4)[4]}"))
+
+    def _set_aside_after(self, step: int) -> None:
+        lines = self.path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+        kept = [line for line in lines if -1 < _step_of(line) <= step]
+        later = [line for line in lines if not -1 < _step_of(line) <= step]
+        if later:
+            aside = self.path.with_name(f"metrics.discarded-{max(step, 0)}.jsonl")
+            with aside.open("a", encoding="utf-8") as discarded:
+                discarded.writelines(line if line.endswith("\n") else line + "\n" for line in later)
+            write_whole(self.path, "".join(kept))
+
+
+def _step_of(line: str) -> int:
+    """The step of a log line, -1 for one that is cut off or damaged."""
+    try:
+        return json.loads(line)["step"] if line.endswith("\n") else -1
+    except (ValueError, KeyError, TypeError):
+        return -1

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import fcntl
 import logging
+import os
 import re
+from pathlib import Path
 
 import torch
 from torch import nn
 
 from pdl import distributed
 from pdl.config import Config, UserError, first_line
+from pdl.data import cache_directory
 
 
 def load_model_config(config: Config, tokenizer):
@@ -121,6 +125,15 @@ def load_model(config: Config, tokenizer) -> nn.Module:
     return model
 
 
+def describe_model(model: nn.Module, tokenizer, directory: Path) -> None:
+    """Write what `from_pretrained` needs beside the weights: the configurations of model and generation, the tokenizer."""
+    model.config.dtype = next(model.parameters()).dtype
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(directory)
+    model.generation_config.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+
+
 def decoder_start(model: nn.Module) -> int:
     """The first decoder input of an encoder-decoder. Raises UserError where the model does not say."""
     start = getattr(model.config, "decoder_start_token_id", None)
@@ -139,22 +152,40 @@ def adamw(model: nn.Module, config: Config) -> torch.optim.Optimizer:
         {"params": [parameter for parameter in parameters if parameter.dim() < 2], "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]
-    offload = config.deepspeed_sharding()["zero_optimization"].get("offload_optimizer") or {}
-    if offload.get("device", "none") == "none":
+    if not _offloads(config):
         return torch.optim.AdamW(groups, lr=config.training.learning_rate)
     from deepspeed.ops.adam import DeepSpeedCPUAdam
 
-    return DeepSpeedCPUAdam(groups, lr=config.training.learning_rate, adamw_mode=True)
+    optimizer = DeepSpeedCPUAdam(groups, lr=config.training.learning_rate, adamw_mode=True)
+
+    def forget_powers(*_) -> None:
+        # Its C++ part keeps beta^t as a running product, which a resumed run does not have, and differs in the last bits
+        # from the power that it takes where the step is not the one after the last. So it takes the power in every step.
+        nothing = [torch.empty(0)] * 4
+        beta1, beta2 = optimizer.param_groups[0]["betas"]
+        optimizer.ds_opt_adam.adam_update(optimizer.opt_id, 0, 0.0, beta1, beta2, 1e-8, 0.0, True, *nothing)
+
+    optimizer.register_step_pre_hook(forget_powers)
+    return optimizer
 
 
-def deepspeed_settings(config: Config, world_size: int) -> dict:
-    """The whole DeepSpeed configuration: sharding and offload from the JSON, everything else from ours."""
+def _offloads(config: Config) -> bool:
+    offload = config.deepspeed_sharding()["zero_optimization"].get("offload_optimizer") or {}
+    return offload.get("device", "none") != "none"
+
+
+def deepspeed_settings(config: Config, world_size: int, *, universal: bool = False, node_local: bool = False) -> dict:
+    """The whole DeepSpeed configuration: sharding and offload from the JSON, everything else from ours.
+
+    universal: checkpoints are loaded in the form that fits any number of ranks. node_local: each node writes its own.
+    """
     settings = config.deepspeed_sharding() | {
         "train_micro_batch_size_per_gpu": config.training.micro_batch_size,
         "gradient_accumulation_steps": config.accumulation(world_size),
         "gradient_clipping": config.training.max_grad_norm,  # always written: DeepSpeed's default is 1.0
         "zero_allow_untested_optimizer": True,
         "steps_per_print": None,
+        "checkpoint": {"load_universal": universal, "use_node_local_storage": node_local},
     }
     if config.training.precision == "bf16":
         # Without fp32 accumulation and communication 64 micro-batches in bf16 are off by 1e-2.
@@ -178,6 +209,31 @@ def check_sharding(config: Config) -> None:
         raise UserError(
             "\n  - ".join([f"deepspeed={config.deepspeed} is not what DeepSpeed takes", *problems])
         ) from error
+
+
+def build_extensions(config: Config) -> None:
+    """Compile what DeepSpeed needs and the installation did not: its collectives for CPUs, its optimizer for offload.
+
+    Left to DeepSpeed every process builds at once, and one that is killed meanwhile leaves a file named `lock` on which the
+    next waits for ever. Here one process builds at a time, in a directory of our own: a `lock` found there is stale.
+    """
+    from deepspeed.git_version_info import installed_ops
+    from deepspeed.ops.op_builder.all_ops import ALL_OPS
+
+    needed = [] if distributed.on_gpu() else ["deepspeed_shm_comm"]
+    needed += ["cpu_adam"] if _offloads(config) else []
+    needed = [name for name in needed if name in ALL_OPS and not installed_ops.get(name)]
+    if not needed:
+        return
+    directory = cache_directory() / f"torch_extensions-{torch.__version__}"
+    os.environ["TORCH_EXTENSIONS_DIR"] = str(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    with (directory / ".building").open("w") as alone:
+        fcntl.flock(alone, fcntl.LOCK_EX)
+        for stale in directory.glob("*/lock"):
+            stale.unlink()
+        for name in needed:
+            ALL_OPS[name].load(verbose=False)
 
 
 def initialize_engine(model: nn.Module, optimizer: torch.optim.Optimizer, settings: dict):

@@ -64,8 +64,8 @@ def prepare(config: Config) -> Prepared:
     except ValueError as error:
         raise UserError(f"loss: {error}") from error
     made_with = {
-        "world_size": distributed.world_size(),
         "zero_stage": config.zero_stage,
+        "zero_optimization": config.deepspeed_sharding()["zero_optimization"],
         "seed": config.training.seed,
         "global_batch_size": config.training.global_batch_size,
         "train_rows": train.key,

@@ -10,12 +10,12 @@ from importlib.metadata import version
 from pathlib import Path
 
 from pdl import distributed
-from pdl.checkpoint import write_json
 from pdl.config import Config
 from pdl.data import load_recipe
 from pdl.distributed import say
 from pdl.generate import generate, load_exported
 from pdl.prepare import Prepared
+from pdl.run_directory import write_json
 
 
 def opening(config: Config, directory: Path, model, resumed: int | None, last_step: int) -> str:
@@ -68,7 +68,7 @@ class Progress:
         self.bar.close()
 
 
-def report(config: Config, prepared: Prepared, directory: Path, started: float, memory: list[int]) -> None:
+def report(config: Config, prepared: Prepared, directory: Path, started: float, measured: dict) -> None:
     """Generate and score examples with the exported model, write `report.json`, print the table. A collective."""
     chosen = prepared.scored
     scores, predictions = {}, []
@@ -95,7 +95,7 @@ def report(config: Config, prepared: Prepared, directory: Path, started: float, 
         "scores": scores,
         "scored": {"split": prepared.scored_split, "examples": len(chosen)},
         "tokens_per_second": _tokens_per_second(lines),
-        "peak_memory_bytes": memory,  # of each rank, while training
+        **measured,  # peak memory of each rank while training, seconds spent in saving
         "ranks": distributed.world_size(),
         "zero_stage": config.zero_stage,
         "wall_seconds": round(time.time() - started, 1),  # of this session of the run

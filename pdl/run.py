@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import sys
@@ -10,26 +11,39 @@ import traceback
 from pathlib import Path
 
 import torch
+import yaml
 
-from pdl import distributed
-from pdl.checkpoint import (
-    claim_directory,
-    export_model,
-    inspect_directory,
-    load_checkpoint,
-    read_status,
-    save_checkpoint,
-    write_status,
-)
+from pdl import distributed, watch
+from pdl.checkpoint import Checkpointer, Resume, choose_checkpoint, load_checkpoint, seed_ranks
 from pdl.config import Config, UserError
 from pdl.data import Collator, GlobalBatches
-from pdl.distributed import say
+from pdl.distributed import RunFailed, say
+from pdl.export import export_model
 from pdl.loss_head import LossHead, UnsupportedModel, check_parity
 from pdl.metrics import Meter, RunLog, frequency_buckets
-from pdl.model import adamw, decoder_start, deepspeed_settings, initialize_engine, load_model
+from pdl.model import (
+    adamw,
+    build_extensions,
+    decoder_start,
+    deepspeed_settings,
+    describe_model,
+    initialize_engine,
+    load_model,
+)
 from pdl.prepare import Prepared, prepare
 from pdl.report import Progress, opening, report
-from pdl.train import StepRefused, Trainer, schedule
+from pdl.run_directory import (
+    Status,
+    Storage,
+    ended_in_this_launch,
+    find_storage,
+    inspect_directory,
+    launch_identity,
+    lock,
+    name_owner,
+    write_beginning,
+)
+from pdl.train import Trainer, TrainerState, schedule
 
 
 def check(config: Config) -> int:
@@ -45,47 +59,97 @@ def train(config: Config) -> int:
     started = time.time()
     first = distributed.rank() == 0
     directory = Path(config.training.output_dir)
+    ended = distributed.gathered(ended_in_this_launch(directory) if first else None)[0]
+    if ended is not None:
+        say(f"pdl: not started again: {ended.reason or ended.state}", file=sys.stderr)
+        return ended.exit_code
     if distributed.gathered(distributed.together(lambda: inspect_directory(config) if first else None))[0]:
         say(
             f"{directory} is finished: its results are in report.json; name another training.output_dir for another run"
         )
         return 0
     prepared = prepare(config)
-    distributed.together(
-        lambda: claim_directory(config, prepared.tokenizer, prepared.frequencies, prepared.made_with) if first else None
-    )
-    state, code, reason = "failed", 1, None
+    watch.begin()
+    storage, resume, status = claim(config, prepared, directory)
+    code = 1
     try:
-        run(config, prepared, directory, started)
-        state, code = "done", 0
+        run(config, prepared, storage, resume, status, started)
+        code, outcome = 0, {"state": "done", "restart": False}
+    except watch.Stopped:
+        code = watch.EXIT_STOPPED
+        outcome = {
+            "state": "stopped",
+            "reason": f"stopped by a signal; checkpoint {status.checkpoint}",
+            "restart": False,
+        }
+        say(f"pdl: stopped at step {status.checkpoint}, saved; the same command goes on from there", file=sys.stderr)
     except UnsupportedModel as error:
-        state, code, reason = "refused", 2, str(error)
+        code, outcome = 2, {"state": "refused", "reason": str(error), "restart": False}
         raise UserError(str(error)) from error
     except UserError as error:
-        state, code, reason = "refused", 2, str(error)
+        code, outcome = 2, {"state": "refused", "reason": str(error), "restart": False}
         raise
-    except StepRefused as error:  # on every rank alike
-        reason = str(error)
-        say(f"pdl: {reason}", file=sys.stderr)
+    except RunFailed as error:  # on every rank alike
+        outcome = {"state": "failed", "reason": str(error), "restart": False}
+        say(f"pdl: {error}", file=sys.stderr)
     except BaseException as error:
-        reason = traceback.format_exception_only(error)[-1].strip()
+        outcome = {"state": "failed", "reason": traceback.format_exception_only(error)[-1].strip()}
         raise
     finally:
-        if first:
-            write_status(directory, state, code, read_status(directory)["step"], reason)
+        try:
+            status.write(directory, exit_code=code, **outcome)
+        except OSError as error:  # the reason may be a full disk
+            say(f"pdl: {directory / 'status.json'} could not be written: {error}", file=sys.stderr)
     return code
 
 
-def run(config: Config, prepared: Prepared, directory: Path, started: float) -> None:
-    """Model, engine, loop, export, report."""
-    training = config.training
+def claim(config: Config, prepared: Prepared, directory: Path) -> tuple[Storage, Resume | None, Status]:
+    """Own the run's directory, and begin or continue the run in it.
+
+    Raises UserError, having changed nothing, when another process owns it or its checkpoint was made with something else.
+    """
+    first = distributed.rank() == 0
+    storage = find_storage(directory)
+    descriptor = distributed.together(lambda: lock(directory) if storage.writes else None)
+    known = Status.read(directory) if first else None
+    known = distributed.gathered(known.checkpoint if known else None)[0]
+    resume = choose_checkpoint(storage, config, prepared.made_with, known)
+    status = Status(step=resume and resume.last_logged, checkpoint=resume and resume.step, launch=launch_identity())
+
+    def begin() -> None:
+        if storage.writes:
+            name_owner(descriptor)
+        status.write(directory)
+        if first:
+            write_beginning(directory, config, prepared.tokenizer, prepared.frequencies)
+
+    distributed.together(begin)
+    return storage, resume, status
+
+
+def run(
+    config: Config, prepared: Prepared, storage: Storage, resume: Resume | None, status: Status, started: float
+) -> None:
+    """Train and export the model, then report on it."""
+    measured = train_model(config, prepared, storage, resume, status)
+    gc.collect()  # of the model and its engine, before another one is loaded
+    report(config, prepared, storage.directory, started, measured)
+
+
+def train_model(config: Config, prepared: Prepared, storage: Storage, resume: Resume | None, status: Status) -> dict:
+    """Model, engine, loop, export. Returns what was measured of it, for the report."""
+    training, directory = config.training, storage.directory
     if training.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-    device, world_size = distributed.device(), distributed.world_size()
+    device = distributed.device()
+    distributed.first_then_rest(lambda: build_extensions(config))
     model = distributed.together(lambda: load_model(config, prepared.tokenizer))
     head = LossHead.attach(model) if config.loss.path == "head" else None
-    engine = initialize_engine(model, adamw(model, config), deepspeed_settings(config, world_size))
+    settings = deepspeed_settings(
+        config, distributed.world_size(), universal=resume is not None and resume.reshard, node_local=not storage.shared
+    )
+    engine = initialize_engine(model, adamw(model, config), settings)
     weights = prepared.weights.to(device)
     start = decoder_start(model) if prepared.encoder.is_encoder_decoder else None
     collator = Collator(prepared.tokenizer.pad_token_id, start)
@@ -113,26 +177,52 @@ def run(config: Config, prepared: Prepared, directory: Path, started: float) -> 
         reduction=config.loss.reduction,
         alpha=config.loss.alpha if config.loss.name == "power_law" else 0.0,
         zero_stage=config.zero_stage,
+        skip_nonfinite=training.skip_nonfinite,
     )
-    torch.manual_seed(training.seed * 1_000_003 + distributed.rank() + 1)  # dropout differs between ranks
-    resumed = load_checkpoint(directory, engine, trainer.meter.sums)
-    log = RunLog(directory, resumed) if distributed.rank() == 0 else None
-    say(opening(config, directory, model, resumed, last_step))
-    first_step = resumed or 0
-    progress = Progress(first_step, last_step)
-    for done, values in trainer.steps(first_step, last_step, training.log_every, training.evaluate_every):
-        progress.update(done, values)
-        if values and log:
-            log.write(done, values)
-            write_status(directory, "running", step=done)
-        if done and (done % training.save_every == 0 or done == last_step):
-            save_checkpoint(directory, engine, done, trainer.meter.sums, prepared.made_with, training.keep_checkpoints)
-    progress.close()
-    if log:
+    checkpointer = Checkpointer(
+        storage, engine, prepared.made_with, yaml.safe_dump(config.to_dict(), sort_keys=False),
+        lambda target: describe_model(model, prepared.tokenizer, target), training.keep_checkpoints, status.checkpoint,
+    )  # fmt: skip
+    checkpointer.refuse_too_little_room()
+    seed_ranks(training.seed)
+    if resume is not None:
+        load_checkpoint(resume, storage, engine, trainer.meter.sums, training.seed)
+        trainer.state = TrainerState(**resume.manifest["trainer"])
+    log = RunLog(directory, resume.last_logged if resume else -1)
+    say(opening(config, directory, model, resume and resume.step, last_step))
+    bar = Progress(trainer.state.done, last_step)
+
+    def save() -> None:
+        log.sync()
+        checkpointer.save(trainer.state, trainer.meter.sums)
+
+    watch.beat("training", training.hang_seconds)
+    try:
+        for done, values in trainer.steps(last_step, training.log_every, training.evaluate_every):
+            bar.update(done, values)
+            if values:
+                log.write(done, values)
+                checkpointer.settle(wait=False)
+                status.write(directory, step=done, checkpoint=checkpointer.newest)
+            if done and (done % training.save_every == 0 or done == last_step):
+                save()
+    except watch.Stopped:
+        save()
+        checkpointer.settle()
+        raise
+    except RunFailed:
+        with contextlib.suppress(RunFailed):
+            checkpointer.settle()  # the checkpoint before what failed is a good one
+        raise
+    finally:
+        status.checkpoint = checkpointer.newest
+        bar.close()
         log.close()
-    memory = distributed.peak_memory()
-    export_model(directory, engine, prepared.tokenizer)
+    checkpointer.settle()
+    status.checkpoint = checkpointer.newest
+    measured = {"peak_memory_bytes": distributed.peak_memory(), "saving_seconds": round(checkpointer.seconds, 3)}
+    distributed.together(
+        lambda: export_model(directory, engine, prepared.tokenizer, storage.writes), "exporting the model"
+    )
     engine.destroy()
-    del trainer, engine, head, model
-    gc.collect()
-    report(config, prepared, directory, started, memory)
+    return measured

@@ -5,19 +5,35 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.distributed as dist
 
-from pdl import distributed
+from pdl import distributed, watch
 from pdl.data import Batch, Collator, GlobalBatches, TokenRows, validation_batches
+from pdl.distributed import RunFailed
 from pdl.loss_head import LossHead, loss_of
 from pdl.metrics import Meter
 
 
-class StepRefused(Exception):
+class StepRefused(RunFailed):
     """An update that must not be applied, and was not: a loss or a gradient is not finite, or no token has a weight."""
+
+
+@dataclass
+class TrainerState:
+    """Where a run stands. With the engine, the sums of the meter and the random state it is all that a checkpoint holds.
+
+    done: optimizer steps taken. owed: the log line of `done` is still to come. gradient_norm: of the last update, before
+    clipping. skipped: steps left out because they were not finite; last_skipped: how many were done after the last of them.
+    """
+
+    done: int = 0
+    owed: bool = True
+    gradient_norm: float = 0.0
+    skipped: int = 0
+    last_skipped: int = 0
 
 
 @dataclass
@@ -25,7 +41,8 @@ class Trainer:
     """All that a step needs. Made by `pdl.run`; everything in it is the same on every rank but the data it reads.
 
     head: None computes the loss over full logits. weights: float32 `[vocabulary]` on this rank's device; alpha is logged.
-    learning_rate: the rate of an update, as a function of its step (from 0).
+    learning_rate: the rate of an update, as a function of its step (from 0). skip_nonfinite: how many steps that are not
+    finite a run leaves out, never two in a row.
     """
 
     engine: torch.nn.Module
@@ -39,55 +56,85 @@ class Trainer:
     reduction: str
     alpha: float
     zero_stage: int
+    skip_nonfinite: int = 0
+    state: TrainerState = field(default_factory=TrainerState)
 
-    def steps(
-        self, first_step: int, last_step: int, log_every: int, evaluate_every: int
-    ) -> Iterator[tuple[int, dict[str, float]]]:
-        """Train from `first_step` to `last_step`, yielding after each step how many are done and what there is to log."""
-        if first_step == 0:
-            yield 0, self.validate()
+    def steps(self, last_step: int, log_every: int, evaluate_every: int) -> Iterator[tuple[int, dict[str, float]]]:
+        """Train until `last_step`, yielding after each step how many are done and what there is to log.
+
+        Raises Stopped on every rank at a boundary where nothing is half done: `state` says where.
+        """
+        state = self.state
         self.engine.train()  # a pretrained model comes in eval mode, without dropout
-        for step in range(first_step, last_step):
+        while True:
+            if state.owed:
+                values = self.values(state.done, last_step, log_every, evaluate_every)
+                state.owed = False
+                yield state.done, values
+            if state.done >= last_step:
+                return
             started = time.perf_counter()
-            gradient_norm = self.train_step(step)
-            self.meter.count_step(time.perf_counter() - started)
-            done, values = step + 1, {}
-            if done % log_every == 0 or done == last_step:
-                values = self.meter.values("train") | {
-                    "train/alpha": self.alpha, "train/learning_rate": self.learning_rate(step), "train/grad_norm": gradient_norm
-                }  # fmt: skip
-                self.meter.reset()
-            if done % evaluate_every == 0 or done == last_step:
-                values |= self.validate()
-            yield done, values
+            if self.train_step(state.done):
+                self.meter.count_step(time.perf_counter() - started)
+            state.done, state.owed = state.done + 1, True
 
-    def train_step(self, step: int) -> float:
-        """One optimizer step over this rank's window of micro-batches; returns the gradient norm before clipping."""
+    def values(self, done: int, last_step: int, log_every: int, evaluate_every: int) -> dict[str, float]:
+        """What there is to log after `done` steps. The meter starts again only when all of it is there."""
+        values, logs = {}, done > 0 and (done % log_every == 0 or done == last_step)
+        if logs:
+            values = self.meter.values("train") | {
+                "train/alpha": self.alpha,
+                "train/learning_rate": self.learning_rate(done - 1),
+                "train/grad_norm": self.state.gradient_norm,
+            }
+            if self.skip_nonfinite:
+                values["train/skipped_steps"] = self.state.skipped
+        if done % evaluate_every == 0 or done == last_step:
+            values |= self.validate()
+        if logs:
+            self.meter.reset()
+        return values
+
+    def train_step(self, step: int) -> bool:
+        """One optimizer step over this rank's window of micro-batches; False when it was not finite and left out."""
+        watch.beat(f"training step {step}")
         for group in self.engine.optimizer.param_groups:
             group["lr"] = self.learning_rate(step)
         window = self.batches.window(step, distributed.rank(), distributed.world_size())
         window = [batch.to(self.weights.device) for batch in window]
         denominator = self.global_denominator(step, window)
-        finite = torch.ones((), device=self.weights.device)
+        all_sums, finite = [], torch.ones((), device=self.weights.device)
         for number, batch in enumerate(window):
             loss, sums = loss_of(self.engine, self.head, batch.inputs, batch.labels, self.weights, denominator)
+            all_sums.append(replace(sums, weighted=sums.weighted.detach()))
+            finite *= torch.isfinite(loss.detach())
+            if number == len(window) - 1 and not self._finite_on_all_ranks(finite):
+                self._tolerate(step, "loss")
+                loss = loss * torch.nan  # so that the gradient is not either, and no stage of ZeRO applies it
             # The denominator is that of the whole global batch, so gradients are to be summed over micro-batches and ranks.
             # DeepSpeed sums over micro-batches (scale_wrt_gas=False) and averages over ranks, hence the factor.
             self.engine.backward(loss * distributed.world_size(), scale_wrt_gas=False)
-            finite *= torch.isfinite(loss.detach())
-            if number == len(window) - 1:
-                gradient_norm = self._refuse_non_finite(step, finite)
-            self.engine.step()
+            if number < len(window) - 1:
+                self.engine.step()
+        if not self._update(step):
+            return False
+        for batch, sums in zip(window, all_sums, strict=True):
             self.meter.add(sums, batch.labels, read=_tokens_read(batch))
-        return gradient_norm if gradient_norm is not None else self._norm_of_applied_update(step)
+        return True
 
     def global_denominator(self, step: int, window: list[Batch]) -> torch.Tensor:
-        """What the loss of a global batch is divided by, float64: sum(w), N or 1 over all its supervised tokens. One all-reduce."""
+        """What the loss of a global batch is divided by, float64: sum(w), N or 1 over all its supervised tokens. One all-reduce.
+
+        In it all ranks agree whether to stop, too: raises Stopped before anything of the step is done.
+        """
         labels = torch.cat([batch.labels.flatten() for batch in window])
         labels = labels[labels != -100]
-        weight_and_tokens = torch.stack([self.weights[labels].double().sum(), torch.ones_like(labels).double().sum()])
-        dist.all_reduce(weight_and_tokens)
-        weight, tokens = weight_and_tokens
+        weight = self.weights[labels].double().sum()
+        sums = torch.stack([weight, weight.new_tensor(len(labels)), weight.new_tensor(watch.asked())])
+        dist.all_reduce(sums)
+        weight, tokens, asked = sums
+        if asked:
+            raise watch.Stopped
         denominator = {"weighted_mean": weight, "token_mean": tokens, "sum": torch.ones_like(tokens)}[self.reduction]
         if tokens == 0 or denominator == 0:
             raise StepRefused(
@@ -95,28 +142,46 @@ class Trainer:
             )
         return denominator
 
-    def _refuse_non_finite(self, step: int, finite: torch.Tensor) -> float | None:
-        """Before the update: raise on every rank when any rank saw a loss that is not finite.
-
-        At ZeRO stage 0 DeepSpeed would apply non-finite gradients, so their norm is taken and checked here; the other
-        stages check it themselves (None is returned, see `_norm_of_applied_update`).
-        """
+    def _finite_on_all_ranks(self, finite: torch.Tensor) -> bool:
         dist.all_reduce(finite, op=dist.ReduceOp.MIN)
+        return bool(finite)
+
+    def _tolerate(self, step: int, what: str) -> None:
+        """Leave out a step that is not finite, on every rank alike, or raise StepRefused: too many, or two in a row."""
+        state = self.state
+        if state.last_skipped == step + 1:
+            return  # its loss was found already, its gradient is no second event
+        isolated = state.skipped == 0 or state.last_skipped < step
+        if state.skipped >= self.skip_nonfinite or not isolated:
+            told = f"; {state.skipped} before it were left out" if state.skipped else ""
+            rows = self.batches.row_numbers(step)
+            raise StepRefused(f"step {step}: the {what} is not finite{told}; dataset rows {rows}")
+        state.skipped, state.last_skipped = state.skipped + 1, step + 1
+        distributed.say(f"step {step}: the {what} is not finite; left out ({state.skipped} of {self.skip_nonfinite})")
+
+    def _update(self, step: int) -> bool:
+        """Apply the accumulated gradients if they are finite on every rank.
+
+        DeepSpeed leaves out an update that is not finite at stages 1 to 3, and applies it at stage 0, where the norm is taken
+        here, and gradients that are not finite are dropped: an optimizer passes over a parameter without one.
+        """
         norm = None
         if self.zero_stage == 0:
             gradients = [p.grad for p in self.engine.module.parameters() if p.grad is not None]
             norm = torch.nn.utils.get_total_norm(gradients).item()
-        if not finite or (norm is not None and not math.isfinite(norm)):
-            what = "gradient" if finite else "loss"
-            raise StepRefused(f"step {step}: the {what} is not finite; dataset rows {self.batches.row_numbers(step)}")
-        return norm
-
-    def _norm_of_applied_update(self, step: int) -> float:
-        # DeepSpeed skips an update whose gradients are not finite and goes on; we stop instead.
-        norm = float(self.engine.get_global_grad_norm())
-        if self.engine.skipped_steps or not math.isfinite(norm):
-            raise StepRefused(f"step {step}: the gradient is not finite; dataset rows {self.batches.row_numbers(step)}")
-        return norm
+            if not math.isfinite(norm):
+                self._tolerate(step, "gradient")
+                self.engine.optimizer.zero_grad(set_to_none=True)
+        skipped = self.engine.skipped_steps
+        self.engine.step()
+        if norm is None:
+            norm = float(self.engine.get_global_grad_norm())
+            if self.engine.skipped_steps > skipped or not math.isfinite(norm):
+                self._tolerate(step, "gradient")
+        if not math.isfinite(norm):
+            return False
+        self.state.gradient_norm = norm
+        return True
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
@@ -127,6 +192,7 @@ class Trainer:
         for batch in validation_batches(
             self.validation, self.collator, size, distributed.rank(), distributed.world_size()
         ):
+            watch.agree(f"validating after step {self.state.done}")
             batch = batch.to(self.weights.device)
             _, sums = loss_of(self.engine, self.head, batch.inputs, batch.labels, self.weights, denominator=1.0)
             meter.add(sums, batch.labels)

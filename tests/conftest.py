@@ -57,3 +57,24 @@ def group_of_one(monkeypatch):
     distributed.start()
     yield
     distributed.stop()
+
+
+# --- the table of faults that were injected, at the end of the tests ---
+
+_FAULTS: list[tuple] = []
+
+
+@pytest.fixture
+def faults():
+    """Note a fault: what, how it was injected, what became of the run, steps trained again, log lines lost, log lines twice."""
+    return lambda *row: _FAULTS.append(row)
+
+
+def pytest_terminal_summary(terminalreporter):
+    if _FAULTS:
+        rows = [("fault", "injected", "outcome", "steps again", "lines lost", "lines twice"), *_FAULTS]
+        widths = [max(len(str(row[column])) for row in rows) for column in range(6)]
+        terminalreporter.section("faults")
+        for row in rows:
+            cells = [f"{cell:<{width}}" for cell, width in zip(map(str, row), widths, strict=True)]
+            terminalreporter.write_line("  ".join(cells).rstrip())

@@ -73,12 +73,16 @@ def finished_dialogue(tmp_path_factory) -> Path:
 
 def test_what_a_run_leaves(finished):
     names = {path.name for path in finished.iterdir()}
-    assert names == {"config.yaml", "tokenizer", "frequencies.safetensors", "status.json", "metrics.jsonl", "tensorboard", "checkpoints", "model", "report.json"}  # fmt: skip
-    assert json.loads((finished / "status.json").read_text()) == {
+    assert names == {".lock", "config.yaml", "tokenizer", "frequencies.safetensors", "status.json", "metrics.jsonl", "tensorboard", "checkpoints", "model", "report.json"}  # fmt: skip
+    status = json.loads((finished / "status.json").read_text())
+    assert status.pop("launch")
+    assert status == {
         "state": "done",
         "exit_code": 0,
         "step": 11,
+        "checkpoint": 11,
         "reason": None,
+        "restart": False,
     }
     assert yaml.safe_load((finished / "config.yaml").read_text())["loss"]["epsilon"] == 1e-8
     assert [path.name for path in sorted((finished / "checkpoints").iterdir())] == ["step-00000010", "step-00000011"]

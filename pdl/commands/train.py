@@ -31,6 +31,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(arguments: argparse.Namespace) -> int:
     if arguments.print_config:
         return _print_config(arguments)
+    from pdl import watch
+
+    watch.start()  # before the imports, which take seconds
     from transformers.utils import logging
 
     from pdl import distributed
@@ -47,6 +50,7 @@ def main(arguments: argparse.Namespace) -> int:
     except UserError as error:
         distributed.say(f"pdl: {error}", file=sys.stderr)
         code = 2
+    watch.end()
     distributed.stop()
     return code
 

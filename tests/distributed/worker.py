@@ -29,15 +29,14 @@ HERE = Path(__file__).parent
 class MeanOfMeans(Trainer):
     """The negative control: what most trainers do, a weighted mean per micro-batch, averaged by DeepSpeed."""
 
-    def train_step(self, step: int) -> float:
+    def train_step(self, step: int) -> bool:
         for batch in self.batches.window(step, distributed.rank(), distributed.world_size()):
             denominator = self.weights[batch.labels[batch.labels != -100]].double().sum().clamp(min=1e-9)
             loss, sums = loss_of(self.engine, self.head, batch.inputs, batch.labels, self.weights, denominator)
             self.engine.backward(loss)
             self.engine.step()
             self.meter.add(sums, batch.labels)
-        self.meter.count_step(1.0)
-        return 0.0
+        return True
 
 
 def token_row(model, pair: tuple[list[int], list[int]], masked: bool) -> dict:
@@ -130,7 +129,7 @@ def run(case: dict, out: Path) -> None:
         poison(model)
     values = []
     try:
-        for done, logged in trainer.steps(0, batches.steps, log_every=1, evaluate_every=10**9):
+        for done, logged in trainer.steps(batches.steps, log_every=1, evaluate_every=10**9):
             values += [logged] if done else []
     except StepRefused as refused:
         values = [{"refused": str(refused)}]

@@ -1,0 +1,309 @@
+"""A run's directory: who owns it, what state the run is in, and whether a configuration may continue it."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import socket
+import uuid
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import yaml
+
+from pdl import distributed
+from pdl.config import Config, UserError, flattened
+from pdl.distributed import say
+from pdl.frequencies import TokenFrequencies
+
+# Settings that do not touch the numbers of a run, so a run may continue with others. What stands in the DeepSpeed file is
+# compared itself, not its path.
+_MAY_CHANGE = {
+    "training.log_every",
+    "training.evaluate_every",
+    "training.save_every",
+    "training.keep_checkpoints",
+    "training.resume",
+    "training.trust_checkpoint",
+    "training.hang_seconds",
+    "training.output_dir",
+    "evaluation.examples",
+    "deepspeed",
+}
+LOCK = ".lock"
+
+
+def write_whole(path: Path, text: str, sync: bool = True) -> None:
+    """Write a file that is there whole or not at all; with `sync` also when the power goes."""
+    partial = path.with_name(f".{path.name}.partial")
+    with partial.open("w", encoding="utf-8") as file:
+        file.write(text)
+        if sync:
+            file.flush()
+            os.fsync(file.fileno())
+    partial.replace(path)
+    if sync:
+        sync_directory(path.parent)
+
+
+def write_json(path: Path, content: dict, sync: bool = True) -> None:
+    write_whole(path, json.dumps(content, indent=2) + "\n", sync)
+
+
+def sync_directory(directory: Path) -> None:
+    """Bring the names in a directory to the disk."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+# --- status ---
+
+
+@dataclass
+class Status:
+    """`status.json`, known to every rank and written by rank 0: launchers change exit codes, so the true one is written down.
+
+    state: running|done|refused|stopped|failed. step: the last one that is logged. checkpoint: the step of the newest one.
+    restart: whether starting again as it is could end otherwise. launch: what started the run, see `launch_identity`.
+    """
+
+    state: str = "running"
+    exit_code: int | None = None
+    step: int | None = None
+    checkpoint: int | None = None
+    reason: str | None = None
+    restart: bool = True
+    launch: str | None = None
+
+    def write(self, directory: Path, **changes) -> None:
+        for name, value in changes.items():
+            setattr(self, name, value)
+        if distributed.rank() == 0:
+            write_json(directory / "status.json", asdict(self), sync=self.exit_code is not None)
+
+    @classmethod
+    def read(cls, directory: Path) -> Status | None:
+        """None where there is none, or a damaged one: nothing depends on it that the checkpoints do not know better."""
+        try:
+            return cls(**json.loads((directory / "status.json").read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError):
+            return None
+
+
+def launch_identity() -> str:
+    """The same for all that one launch starts, restarts by torchrun included; another for every other launch."""
+    if "PDL_LAUNCH" in os.environ:  # our launch scripts name it
+        return os.environ["PDL_LAUNCH"]
+    parent = os.getppid()
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        began = Path(f"/proc/{parent}/stat").read_text().rpartition(")")[2].split()[19]
+    except OSError:  # no Linux
+        return uuid.uuid4().hex
+    return f"{boot}-{parent}-{began}"
+
+
+def ended_in_this_launch(directory: Path) -> Status | None:
+    """How the run ended already, where torchrun restarts what must not run again: refused, stopped, or bound to fail alike."""
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) == 0:
+        return None
+    status = Status.read(directory)
+    if status is None or status.launch != launch_identity() or status.exit_code is None or status.restart:
+        return None
+    return status
+
+
+# --- one owner, and who writes ---
+
+
+@dataclass
+class Storage:
+    """Which ranks see the same files under the run's directory: all of them, or without a shared file system those of a node."""
+
+    directory: Path
+    ranks: list[int]  # that see the same files as this one
+
+    @property
+    def writes(self) -> bool:
+        """Whether this rank writes what is written once: checkpoints' manifests, the exported model."""
+        return distributed.rank() == self.ranks[0]
+
+    @property
+    def shared(self) -> bool:
+        return len(self.ranks) == distributed.world_size()
+
+    @property
+    def part(self) -> tuple[int, int]:
+        """This rank's place among those that see the same files, and their number: work on files is divided so."""
+        return self.ranks.index(distributed.rank()), len(self.ranks)
+
+
+def find_storage(directory: Path) -> Storage:
+    """Make the directory, and find out which ranks share it. A collective; raises UserError where it cannot be written to."""
+
+    def probe() -> str:
+        name = f".probe-{uuid.uuid4().hex}"
+        with _refused_as_a_setting(directory):
+            directory.mkdir(parents=True, exist_ok=True)
+            (directory / name).touch()
+        return name
+
+    mine = distributed.together(probe)
+    probes = distributed.gathered(mine)
+    seen = [(directory / name).exists() for name in probes]
+    seen_by_all = distributed.gathered(seen)  # nobody removes its own before all have looked
+    (directory / mine).unlink()
+    return Storage(directory, [rank for rank, other in enumerate(seen_by_all) if other == seen])
+
+
+@contextlib.contextmanager
+def _refused_as_a_setting(directory: Path):
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"training.output_dir={directory} cannot be written to: {error.strerror}") from error
+
+
+def lock(directory: Path) -> int:
+    """Own the directory until this process ends, however it ends: the kernel frees the lock. Returns the file descriptor.
+
+    Raises UserError when another process owns it, and says which.
+    """
+    descriptor = os.open(directory / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        owner = os.read(descriptor, 200).decode(errors="replace").strip()
+        os.close(descriptor)
+        raise UserError(
+            f"{directory} is in use by another run{f' ({owner})' if owner else ''}; wait for it, stop it, or name another training.output_dir"
+        ) from None
+    except OSError as error:
+        if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
+            raise
+        say(
+            f"pdl: {directory} is on a file system without locks: a second run on it at the same time would go unnoticed"
+        )
+    return descriptor
+
+
+def name_owner(descriptor: int) -> None:
+    """Write into the lock who holds it, for those who are refused."""
+    os.ftruncate(descriptor, 0)
+    os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+
+
+def check_not_owned(directory: Path) -> None:
+    """Raises UserError when some process owns the directory; takes and writes nothing."""
+    if (directory / LOCK).exists():
+        os.close(lock(directory))
+
+
+# --- what is there already ---
+
+
+def is_run(directory: Path) -> bool:
+    return (directory / LOCK).exists() or (directory / "config.yaml").exists()
+
+
+def has_results(directory: Path) -> bool:
+    """Whether a run got so far that there is something to continue, or to lose."""
+    return (directory / "metrics.jsonl").exists() or any(directory.glob("checkpoints/step-*"))
+
+
+def inspect_directory(config: Config) -> bool:
+    """Whether the run that the configuration asks for is finished already. Reads only; for rank 0.
+
+    Raises UserError when the output directory holds something else, a run with another configuration, or one that is going on.
+    """
+    directory = Path(config.training.output_dir)
+    if directory.exists() and not directory.is_dir():
+        raise UserError(f"training.output_dir={directory} is a file")
+    if not is_run(directory):
+        if directory.exists() and any(directory.iterdir()):
+            raise UserError(f"training.output_dir={directory} holds files that are not a run's; name another")
+        return False
+    check_not_owned(directory)
+    if not has_results(directory):
+        return False
+    if config.training.resume == "never":
+        raise UserError(
+            f"training.output_dir={directory} holds a run and training.resume=never; name another output_dir, or resume with auto"
+        )
+    if found := differences(read_config(directory / "config.yaml"), config, _newest_world_size(directory)):
+        title = f"training.output_dir={directory} holds a run with another configuration; name another output_dir"
+        raise UserError("\n  - ".join([title, *found]))
+    status = Status.read(directory)
+    return status is not None and status.state == "done" and (status.step or 0) >= (config.training.max_steps or 0)
+
+
+def read_config(path: Path) -> dict:
+    """A resolved configuration as written by a run, with dotted keys."""
+    try:
+        return flattened(yaml.safe_load(path.read_text(encoding="utf-8")))
+    except (OSError, yaml.YAMLError, UnicodeDecodeError, AttributeError) as error:
+        raise UserError(
+            f"{path} is missing or damaged, so that nobody can tell which run this is ({type(error).__name__}); "
+            "each checkpoint holds a copy of it"
+        ) from error
+
+
+def _newest_world_size(directory: Path) -> int | None:
+    for checkpoint in sorted(directory.glob("checkpoints/step-*"), reverse=True):
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            return json.loads((checkpoint / "manifest.json").read_text(encoding="utf-8"))["world_size"]
+    return None
+
+
+def differences(stored: dict, config: Config, world_size: int | None) -> list[str]:
+    """What keeps a run with the stored configuration from being continued with this one, a sentence each.
+
+    world_size: the number of ranks it ran on. On another number micro-batches may have another size too.
+    """
+    wanted = flattened(config.to_dict())
+    changed = {key for key in stored | wanted if stored.get(key) != wanted.get(key)} - _MAY_CHANGE
+    if world_size != distributed.world_size():
+        changed -= {"training.micro_batch_size"}
+    found = []
+    before, after = stored.get("training.max_steps"), wanted["training.max_steps"]
+    if "training.max_steps" in changed and before and after and after > before:
+        changed.remove("training.max_steps")
+        ends = stored.get("training.schedule_steps") or before
+        if wanted["training.schedule"] != "constant" and ends <= before:
+            found.append(
+                f"training.max_steps: {before} there, {after} asked for; the {wanted['training.schedule']} schedule ends at step {ends}, "
+                "so that further steps would change nothing. A run that may grow states training.schedule_steps at its start"
+            )
+    return found + [
+        f"{key}: {stored.get(key)!r} there, {wanted.get(key)!r} asked for" for key in wanted | stored if key in changed
+    ]
+
+
+def write_beginning(directory: Path, config: Config, tokenizer, frequencies: TokenFrequencies) -> None:
+    """What a run's directory holds from the start: configuration, tokenizer, frequencies. For rank 0.
+
+    One that is continued keeps its own; a damaged frequency file is set aside and written again, from the same counts.
+    """
+    with _refused_as_a_setting(directory):
+        write_whole(directory / "config.yaml", yaml.safe_dump(config.to_dict(), sort_keys=False))
+        if not (directory / "tokenizer").exists():
+            partial = directory / ".tokenizer.partial"
+            tokenizer.save_pretrained(partial)
+            partial.rename(directory / "tokenizer")
+        path = directory / "frequencies.safetensors"
+        if path.exists():
+            with contextlib.suppress(ValueError):
+                if TokenFrequencies.load(path).counts.equal(frequencies.counts):
+                    return
+            aside = path.with_name(f"frequencies.damaged-{uuid.uuid4().hex[:8]}.safetensors")
+            path.rename(aside)
+            say(f"pdl: {path} is damaged; kept as {aside.name} and written again from the counts of the data")
+        partial = directory / ".frequencies.partial"
+        frequencies.save(partial)
+        partial.rename(path)

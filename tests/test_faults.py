@@ -1,0 +1,550 @@
+"""Never lose a run: faults injected into real processes, and what becomes of the run.
+
+The promise: killed anywhere, any way, a run logs the same losses bit for bit as one that was never disturbed. A quick set
+runs in `make test`, the whole of it in `make test-faults`; a table at the end says what each fault cost.
+"""
+
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent / "faults"
+sys.path.insert(0, str(HERE))
+
+from runs import LOGGED, STEPS, Server, alive, logged, names, status  # noqa: E402
+
+from pdl.checkpoint import checkpoints, read_manifest, verify  # noqa: E402
+
+STAGES = {stage: "deepspeed=tests/distributed/zero3.json" if stage == 3 else f"deepspeed=configs/deepspeed/zero{stage}.json" for stage in (0, 1, 2, 3)}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    server = Server(tmp_path_factory.mktemp("server"))
+    yield server
+    server.close()
+
+
+@pytest.fixture(scope="module")
+def undisturbed(server, tmp_path_factory):
+    """What a run logs that nothing happens to, by its overrides."""
+    done: dict[tuple, list[dict]] = {}
+
+    def of(*overrides: str) -> list[dict]:
+        if overrides not in done:
+            directory = tmp_path_factory.mktemp("undisturbed") / "run"
+            run = server.train(directory, *overrides)
+            assert run.exit_codes() == [0, 0], run.output()
+            done[overrides] = logged(directory)
+            assert [line["step"] for line in done[overrides]] == LOGGED
+        return done[overrides]
+
+    return of
+
+
+@pytest.fixture(scope="module")
+def interrupted(server, tmp_path_factory) -> Path:
+    """A run that stopped after step 8: checkpoints 6 and 8. To be copied."""
+    directory = tmp_path_factory.mktemp("interrupted") / "run"
+    run = server.train(directory, faults={0: {"signal": {"step": 8, "number": signal.SIGTERM}}})
+    assert run.exit_codes() == [75, 75], run.output()
+    assert names(directory) == ["step-00000006", "step-00000008"]
+    return directory
+
+
+@pytest.fixture
+def copied(interrupted, tmp_path) -> Path:
+    """Its own copy, under the name that the configuration of the run has anyway: the directory may have another."""
+    return Path(shutil.copytree(interrupted, tmp_path / "run"))
+
+
+def lost(directory: Path, reference: list[dict]) -> tuple[int, int]:
+    """Log lines that are missing or not the same, and lines that are there twice. Both must be 0."""
+    lines = logged(directory)
+    return sum(line not in lines for line in reference), len(lines) - len(reference)
+
+
+def finish(server: Server, directory: Path, reference: list[dict], *overrides: str, **more) -> str:
+    """Runs on to the end; the logs must be those of the undisturbed run. Returns what was printed."""
+    run = server.train(directory, *overrides, **more)
+    assert run.exit_codes() == [0, 0], run.output()
+    assert lost(directory, reference) == (0, 0)
+    assert logged(directory) == reference and status(directory)["state"] == "done"
+    assert all(not verify(checkpoint) for checkpoint in checkpoints(directory))
+    assert [name for name in names(directory) if name.startswith(("partial", "deleting"))] == []
+    return run.output()
+
+
+def steps_again(directory: Path, reached: int) -> int:
+    """How many steps are trained once more from the newest whole checkpoint, of those that were done."""
+    there = [int(path.name[5:]) for path in checkpoints(directory) if not verify(path)]
+    return reached - max(there, default=0)
+
+
+# --- SIGKILL ---
+
+
+def kills(number: int, seed: int) -> list[dict]:
+    """Ranks in turn, steps in ascending order with a random moment in each, so that every one of them is reached."""
+    draw = random.Random(seed)
+    at = sorted(draw.sample(range(STEPS), number))
+    return [{number % 2: {"kill": {"step": step, "delay": draw.random() * 0.1}}} for number, step in enumerate(at)]
+
+
+@pytest.mark.parametrize(
+    ("stage", "number", "seed"),
+    [
+        (2, 6, 1),
+        *[pytest.param(stage, 10, stage + 2, marks=pytest.mark.faults) for stage in (0, 3)],
+        *[pytest.param(2, 10, seed, marks=pytest.mark.faults) for seed in (2, 3)],
+    ],
+)
+def test_sigkill_of_each_rank_at_random_steps(server, undisturbed, tmp_path, faults, stage, number, seed):
+    directory, reference, again = tmp_path / "run", undisturbed(STAGES[stage]), 0
+    for fault in kills(number, seed):
+        run = server.train(directory, STAGES[stage], faults=fault)
+        codes = run.exit_codes()
+        (rank,) = fault
+        # One that dies in its last step's save or later may leave the others done.
+        assert codes[rank] == -signal.SIGKILL and codes[1 - rank] != 0, run.output()
+        again += steps_again(directory, fault[rank]["kill"]["step"])
+    finish(server, directory, reference, STAGES[stage])
+    faults(f"SIGKILL, ZeRO-{stage}", f"{number} times, ranks in turn", "survived", again, *lost(directory, reference))
+
+
+@pytest.mark.parametrize(
+    "where",
+    [
+        [{0: {"bytes": {"save": 2, "bytes": 1, "kill": True}}}, {1: {"bytes": {"save": 2, "bytes": 60_000, "kill": True}}}, {0: {"kill_at_rename": 4}}],
+        pytest.param(
+            [{rank: {"bytes": {"save": 4, "bytes": size, "kill": True}}} for rank in (0, 1) for size in (1, 999, 4096, 20_000, 50_000)],
+            marks=pytest.mark.faults,
+        ),
+    ],
+)  # fmt: skip
+def test_killed_while_a_checkpoint_is_written(server, undisturbed, tmp_path, faults, where):
+    """By the kernel, at a chosen byte of a file; and when only the name is missing."""
+    directory, reference = tmp_path / "run", undisturbed(STAGES[2])
+    for fault in where:
+        run = server.train(directory, STAGES[2], faults=fault)
+        (rank,) = fault
+        assert run.exit_codes()[rank] in (-signal.SIGKILL, -signal.SIGXFSZ), run.output()
+        assert any(name.startswith("partial-") for name in names(directory))
+        assert all(not verify(checkpoint) for checkpoint in checkpoints(directory))
+    finish(server, directory, reference, STAGES[2])
+    faults("killed in a save", f"{len(where)} byte offsets", "survived", 2 * len(where), *lost(directory, reference))
+
+
+# --- a damaged disk ---
+
+
+def truncate(path: Path) -> None:
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+DAMAGE = {"truncated": truncate, "missing": Path.unlink, "flipped": flip}
+
+
+@pytest.mark.parametrize("how", DAMAGE)
+@pytest.mark.parametrize(
+    "what",
+    [
+        "manifest.json",
+        "config.yaml",
+        "rank-00001.safetensors",
+        "engine/zero_pp_rank_1_mp_rank_00_optim_states.pt",
+        "model/tokenizer.json",
+    ],
+)
+def test_any_damage_to_any_file_is_found(copied, what, how):
+    newest = checkpoints(copied)[-1]
+    assert verify(newest) == []
+    DAMAGE[how](newest / what)
+    (problem,) = verify(newest)
+    assert what in problem
+
+
+def test_an_empty_checkpoint_is_not_whole(copied):
+    newest = checkpoints(copied)[-1]
+    shutil.rmtree(newest)
+    newest.mkdir()
+    assert verify(newest) == ["manifest.json is missing"]
+
+
+def test_a_damaged_newest_checkpoint_is_set_aside_and_the_one_before_used(server, undisturbed, copied, faults):
+    """And with it a damaged frequency file, status and log: all are found, and the run ends as if nothing had happened."""
+    reference = undisturbed()
+    flip(copied / "checkpoints/step-00000008/engine/zero_pp_rank_0_mp_rank_00_optim_states.pt")
+    flip(copied / "frequencies.safetensors")
+    truncate(copied / "status.json")
+    with (copied / "metrics.jsonl").open("a") as log:
+        log.write('{"step": 9, "train/lo')  # cut off in the middle of a write
+    printed = finish(server, copied, reference)
+    assert "checkpoint step-00000008 is not whole and was set aside: engine/zero_pp_rank_0" in printed
+    assert "frequencies.safetensors is damaged" in printed
+    assert "damaged-step-00000008" in names(copied)
+    assert (
+        list(copied.glob("frequencies.damaged-*")) and "train/lo" in (copied / "metrics.discarded-6.jsonl").read_text()
+    )
+    faults("flipped bit in the newest checkpoint", "and three other files", "survived", 2, *lost(copied, reference))
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("how", [*DAMAGE, "directory missing", "directory empty"])
+@pytest.mark.parametrize("what", ["manifest.json", "engine/mp_rank_00_model_states.pt"])
+def test_each_damage_is_survived(server, undisturbed, copied, faults, what, how):
+    reference, newest = undisturbed(), copied / "checkpoints/step-00000008"
+    if how in DAMAGE:
+        DAMAGE[how](newest / what)
+    else:
+        shutil.rmtree(newest)
+        if how == "directory empty":
+            newest.mkdir()
+    printed = finish(server, copied, reference)
+    assert ("checkpoint 8 was written and is missing" if how == "directory missing" else "set aside") in printed
+    faults(f"newest checkpoint: {how}", what, "survived", 2, *lost(copied, reference))
+
+
+@pytest.mark.parametrize("how", ["damaged", "missing"])
+def test_a_run_without_a_whole_checkpoint_never_starts_over(server, copied, faults, how):
+    before = (copied / "metrics.jsonl").read_bytes()
+    for checkpoint in checkpoints(copied):
+        shutil.rmtree(checkpoint / "engine") if how == "damaged" else shutil.rmtree(checkpoint)
+    run = server.train(copied)
+    assert run.exit_codes() == [2, 2]
+    assert ("no checkpoint is whole" if how == "damaged" else "checkpoint 8 was written and is missing") in run.output()
+    assert (copied / "metrics.jsonl").read_bytes() == before and len(checkpoints(copied)) == (
+        2 if how == "damaged" else 0
+    )
+    faults(f"all checkpoints {how}", "", "refused", 0, 0, 0)
+
+
+# --- a full or read-only disk ---
+
+
+def test_a_disk_that_fills_up_during_a_save(server, undisturbed, tmp_path, faults):
+    directory, reference = tmp_path / "run", undisturbed(STAGES[2])
+    run = server.train(directory, STAGES[2], faults={1: {"bytes": {"save": 4, "bytes": 50_000, "kill": False}}})
+    assert run.exit_codes() == [1, 1]
+    assert "checkpoint step-00000004: [Errno 27] File too large" in run.output() and "Traceback" not in run.output()
+    ended = status(directory)
+    assert (ended["state"], ended["exit_code"], ended["checkpoint"], ended["restart"]) == ("failed", 1, 2, False)
+    assert names(directory) == ["step-00000002"]  # what was half written is gone: its room is needed
+    finish(server, directory, reference, STAGES[2])
+    faults("disk full in a save", "at byte 50,000 on rank 1", "survived", 2, *lost(directory, reference))
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of a few megabytes, of its own."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=20m", "tmpfs", place], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("mounting a tmpfs needs root")
+    yield place
+    subprocess.run(["umount", "-l", place], check=True)
+
+
+@pytest.mark.faults
+def test_too_little_room_is_refused_before_training(server, small_disk, faults):
+    subprocess.run(["mount", "-o", "remount,size=4m", small_disk], check=True)
+    run = server.train(small_disk / "run")
+    assert run.exit_codes() == [2, 2] and "GB free and checkpoints need up to" in run.output()
+    faults("little room", "4 MB", "refused", 0, 0, 0)
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("while_", ["logging", "saving"])
+def test_a_full_disk(server, undisturbed, small_disk, faults, while_):
+    """Really full: another file takes all the room while the run goes on. It ends clearly, and continues when there is room."""
+    directory, reference = small_disk / "run", undisturbed("training.save_every=4")
+    subprocess.run(["mount", "-o", "remount,size=200m", small_disk], check=True)
+    late = {"late": {"step": 4 if while_ == "logging" else 7, "seconds": 4}}
+    run = server.train(directory, "training.save_every=4", faults={0: late})
+    deadline = time.monotonic() + 60
+    while (
+        not (directory / "metrics.jsonl").exists()
+        or f'"step": {3 if while_ == "logging" else 6}' not in (directory / "metrics.jsonl").read_text()
+    ):
+        assert time.monotonic() < deadline, run.output()
+        time.sleep(0.05)
+    time.sleep(1)
+    filler = small_disk / "filler"
+    with filler.open("wb") as file:
+        try:
+            while True:
+                file.write(bytes(1 << 12))
+                file.flush()
+        except OSError:
+            pass
+    assert run.exit_codes() == [1, 1], run.output()
+    assert "No space left on device" in run.output() or "are free in" in run.output()
+    filler.unlink()
+    assert "Traceback" not in run.output()
+    finish(server, directory, reference, "training.save_every=4")
+    faults("disk full", f"while {while_}", "survived", 3, *lost(directory, reference))
+
+
+@pytest.mark.faults
+def test_a_read_only_output_directory(server, small_disk, faults):
+    (small_disk / "run").mkdir()
+    subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
+    run = server.train(small_disk / "run")
+    assert run.exit_codes() == [2, 2] and "cannot be written to: Read-only file system" in run.output()
+    faults("read-only directory", "", "refused", 0, 0, 0)
+
+
+# --- signals ---
+
+
+def test_signals_during_evaluation_saving_and_generation(server, undisturbed, tmp_path, faults):
+    """To one rank each; all stop at the next boundary with a checkpoint, code 75, and go on as if nothing had happened."""
+    directory, reference = tmp_path / "run", undisturbed(STAGES[2])
+    places = [("validate", signal.SIGUSR1, 5), ("save", signal.SIGINT, 8), ("generate", signal.SIGTERM, 12)]
+    for rank, (place, number, stopped_at) in enumerate(places):
+        run = server.train(directory, STAGES[2], faults={rank % 2: {"signal_in": {"place": place, "number": number}}})
+        assert run.exit_codes() == [75, 75], run.output()
+        ended = status(directory)
+        assert (ended["state"], ended["exit_code"], ended["checkpoint"]) == ("stopped", 75, stopped_at), run.output()
+        assert f"{signal.Signals(number).name}: stopping at the next step" in run.output()
+        if place == "validate":  # the line of its step is owed, and logged by the run that goes on
+            assert logged(directory)[-1]["step"] == 3
+    finish(server, directory, reference, STAGES[2])
+    faults("signal to one rank", "in evaluation, save, generation", "survived", 0, *lost(directory, reference))
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("stage", [0, 3])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_signals_with_ranks_seconds_apart(server, undisturbed, tmp_path, faults, number, stage):
+    directory, reference = tmp_path / "run", undisturbed(STAGES[stage])
+    run = server.train(
+        directory, STAGES[stage], faults={0: {"signal": {"step": 5, "number": number}}, 1: {"late": {"step": 5, "seconds": 3}}}
+    )  # fmt: skip
+    assert run.exit_codes() == [75, 75] and status(directory)["checkpoint"] == 5
+    finish(server, directory, reference, STAGES[stage])
+    faults(f"{number.name}, ranks 3 s apart", f"ZeRO-{stage}", "survived", 0, *lost(directory, reference))
+
+
+@pytest.mark.faults
+def test_a_signal_repeated_at_once_counts_once_and_later_ends_the_process(server, tmp_path, faults):
+    run = server.train(tmp_path / "run", faults={0: {"hang": {"step": 5}}})
+    wait_for_step(tmp_path / "run", 5, run)
+    for _ in range(3):  # as launchers do
+        os.kill(run.ranks[1], signal.SIGTERM)
+        time.sleep(0.2)
+    time.sleep(10)
+    assert alive(run.ranks[1])
+    os.kill(run.ranks[1], signal.SIGTERM)
+    assert run.exit_codes(30)[1] == 128 + signal.SIGTERM if wait_killed(run) else False
+    assert "SIGTERM again: ending at once" in run.output()
+    faults("signal again after 10 s", "in a hung collective", "ended at once", 0, 0, 0)
+
+
+def wait_killed(run) -> bool:
+    """Rank 0 sleeps for ever in this test: it is ended by hand once rank 1 is gone."""
+    deadline = time.monotonic() + 20
+    while alive(run.ranks[1]):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    os.kill(run.ranks[0], signal.SIGKILL)
+    return True
+
+
+def wait_for_step(directory: Path, step: int, run) -> None:
+    deadline = time.monotonic() + 60
+    while (
+        not (directory / "metrics.jsonl").exists()
+        or f'{{"step": {step},' not in (directory / "metrics.jsonl").read_text()
+    ):
+        assert time.monotonic() < deadline, run.output()
+        time.sleep(0.02)
+
+
+# --- ranks that hang, launchers that die, two owners ---
+
+
+def test_a_rank_that_hangs_ends_all_with_their_stacks(server, tmp_path, faults):
+    began = time.monotonic()
+    run = server.train(tmp_path / "run", "training.hang_seconds=4", faults={1: {"hang": {"step": 4}}})
+    assert run.exit_codes(120) == [1, 1]
+    for rank in (0, 1):
+        log = (run.log / f"rank-{rank}.log").read_text()
+        assert f"rank {rank} (process {run.ranks[rank]}): no progress for 4 s while" in log
+        assert "faults.py" in log if rank == 1 else "train_step" in log  # where it stands
+    faults("a rank hangs", "at step 4", f"ended after {time.monotonic() - began:.0f} s with stacks", 0, 0, 0)
+
+
+def test_a_launcher_that_is_killed_leaves_no_orphans(server, undisturbed, tmp_path, faults):
+    directory, reference = tmp_path / "run", undisturbed(STAGES[2])
+    run = server.train(directory, STAGES[2])
+    wait_for_step(directory, 3, run)
+    # A second run on the directory, while the first is there:
+    second = server.train(directory, STAGES[2])
+    assert second.exit_codes() == [2, 2] or status(directory)["state"] == "done"
+    assert "is in use by another run" in second.output()
+    faults("two runs on one directory", "", "refused", 0, 0, 0)
+    os.kill(run.launcher, signal.SIGKILL)
+    deadline = time.monotonic() + 60
+    while any(alive(pid) for pid in run.ranks):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert status(directory)["state"] == "stopped"
+    finish(server, directory, reference, STAGES[2])
+    faults("SIGKILL of the launcher", "", "survived, no orphans", 0, *lost(directory, reference))
+
+
+# --- what is not finite ---
+
+
+@pytest.mark.parametrize(
+    ("stage", "precision"),
+    [
+        (2, "fp32"),
+        *[pytest.param(stage, "fp32", marks=pytest.mark.faults) for stage in (0, 1, 3)],
+        *[pytest.param(stage, "bf16", marks=pytest.mark.faults) for stage in (1, 2, 3)],
+    ],
+)
+def test_isolated_steps_that_are_not_finite_are_left_out(server, tmp_path, faults, stage, precision):
+    """The loss of rank 1 in step 3, a gradient of rank 0 in step 6: no update there, on any rank. A third one ends the run."""
+    directory = tmp_path / "run"
+    own = [
+        STAGES[stage],
+        f"training.precision={precision}",
+        "training.skip_nonfinite=2",
+        "training.evaluate_every=1",
+        "training.log_every=1",
+    ]
+    each = {
+        1: {"not_finite": {"steps": [3], "where": "loss"}},
+        0: {"not_finite": {"steps": [6, 9], "where": "gradient"}},
+    }
+    run = server.train(directory, *own, faults=each)
+    assert run.exit_codes() == [1, 1], run.output()
+    assert (
+        "step 9: the gradient is not finite; 2 before it were left out; dataset rows [" in status(directory)["reason"]
+    )
+    lines = {line["step"]: line for line in logged(directory)}
+    assert [lines[step]["train/skipped_steps"] for step in range(1, 10)] == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+    for step in (3, 6):  # nothing changed in them, and the steps after them did
+        before, after, later = (
+            {k: v for k, v in lines[n].items() if k.startswith("validation")} for n in (step, step + 1, step + 2)
+        )
+        assert before == after != later
+        assert "train/loss" not in lines[step + 1] and "train/loss" in lines[step + 2]
+    assert all(not verify(checkpoint) for checkpoint in checkpoints(directory))
+    faults(f"nan loss, inf gradient, ZeRO-{stage} {precision}", "on one rank", "2 left out, then refused", 0, 0, 0)
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("stage", [0, 2, 3])
+@pytest.mark.parametrize("where", ["loss", "gradient", "weights"])
+def test_what_is_not_finite_stops_all_ranks_before_anything_is_saved(
+    server, undisturbed, tmp_path, faults, stage, where
+):
+    directory, reference = tmp_path / "run", undisturbed(STAGES[stage])
+    run = server.train(directory, STAGES[stage], faults={1: {"not_finite": {"steps": [5], "where": where}}})
+    assert run.exit_codes() == [1, 1], run.output()
+    ended = status(directory)
+    assert "step 5: the" in ended["reason"] and "is not finite" in ended["reason"] and not ended["restart"]
+    assert names(directory) == ["step-00000002", "step-00000004"]
+    finish(server, directory, reference, STAGES[stage])  # the fault was the machine's, not the data's
+    faults(f"nan in {where}, ZeRO-{stage}", "rank 1, step 5", "refused, then survived", 1, *lost(directory, reference))
+
+
+@pytest.mark.faults
+def test_two_steps_in_a_row_are_not_isolated(server, tmp_path, faults):
+    fault = {"not_finite": {"steps": [4, 5], "where": "loss"}}
+    run = server.train(tmp_path / "run", "training.skip_nonfinite=5", faults={1: fault})
+    assert run.exit_codes() == [1, 1] and "step 5: the loss is not finite; 1 before it" in run.output()
+    faults("nan twice in a row", "skip_nonfinite=5", "refused", 0, 0, 0)
+
+
+# --- resumed with something else ---
+
+
+def test_another_run_is_refused_with_every_difference(server, copied, faults):
+    before = {path: path.stat().st_mtime_ns for path in copied.rglob("*")}
+    run = server.train(copied, "training.seed=1", "loss.alpha=0.5")
+    assert run.exit_codes() == [2, 2]
+    assert (
+        "training.seed: 0 there, 1 asked for" in run.output()
+        and "loss.alpha: 0.25 there, 0.5 asked for" in run.output()
+    )
+    run = server.train(copied, STAGES[1])
+    assert run.exit_codes() == [2, 2]
+    assert "written at ZeRO stage 2 and is asked for at stage 1" in run.output()
+    run = server.train(copied, "training.max_steps=20")
+    assert run.exit_codes() == [2, 2] and "the linear schedule ends at step 12" in run.output()
+    assert {path: path.stat().st_mtime_ns for path in copied.rglob("*")} == before
+    for what in ("seed", "alpha", "stage", "max_steps beyond the schedule"):
+        faults(f"resumed with another {what}", "", "refused", 0, 0, 0)
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("ranks", [1, 4])
+def test_another_number_of_ranks_goes_on_with_the_same_batches(server, tmp_path, faults, stage, ranks):
+    own = [STAGES[stage], "model.dropout=0", "training.micro_batch_size=4"]
+    whole, directory = tmp_path / "whole", tmp_path / "run"
+    assert server.train(whole, *own).exit_codes() == [0, 0]
+    stopped = server.train(directory, *own, faults={0: {"signal": {"step": 7, "number": signal.SIGTERM}}})
+    assert stopped.exit_codes() == [75, 75]
+    run = server.train(directory, *own, ranks=ranks)
+    assert run.exit_codes() == [0] * ranks, run.output()
+    for mine, reference in zip(logged(directory), logged(whole), strict=True):
+        assert mine == pytest.approx(reference, rel=1e-4)
+    assert read_manifest(checkpoints(directory)[-1])["world_size"] == ranks
+    faults(f"2 ranks, then {ranks}", f"ZeRO-{stage}", "survived, to rounding", 0, 0, 0)
+
+
+def test_going_back_to_a_named_checkpoint(server, undisturbed, copied, tmp_path):
+    """One of the run's own: the newer ones are set aside. One of elsewhere: only where it is trusted, and exact too."""
+    reference, older = undisturbed(), copied / "checkpoints/step-00000006"
+    elsewhere = tmp_path / "elsewhere"
+    refused = server.train(elsewhere, f"training.resume={older}")
+    assert refused.exit_codes() == [2, 2] and "training.trust_checkpoint=true" in refused.output()
+    run = server.train(elsewhere, f"training.resume={older}", "training.trust_checkpoint=true")
+    assert run.exit_codes() == [0, 0], run.output()
+    assert logged(elsewhere) == [line for line in reference if line["step"] > 6]
+    printed = finish(server, copied, reference, f"training.resume={older}")
+    assert "continuing at step 6" in printed and "discarded-step-00000008" in names(copied)
+
+
+# --- nodes without a shared file system ---
+
+
+def test_nodes_without_a_shared_file_system(server, undisturbed, tmp_path, faults):
+    """Two nodes, as far as the run can see: one rank each, the same relative directory, different disks."""
+    reference, nodes = undisturbed(STAGES[2]), [tmp_path / "node0", tmp_path / "node1"]
+    for node in nodes:
+        node.mkdir()
+        for shared in ("configs", "recipes"):
+            (node / shared).symlink_to(Path(__file__).parent.parent / shared)
+    apart = {"cwd": [str(node) for node in nodes], "env": {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}}
+    run = server.train("run", STAGES[2], faults={1: {"kill": {"step": 7, "delay": 0.0}}}, **apart)
+    assert run.exit_codes()[1] == -signal.SIGKILL
+    for node, manifest in ((node, read_manifest(node / "run/checkpoints/step-00000006")) for node in nodes):
+        assert verify(node / "run/checkpoints/step-00000006") == []
+        assert manifest["ranks"] == [nodes.index(node)]
+    flip(nodes[1] / "run/checkpoints/step-00000006/engine/zero_pp_rank_1_mp_rank_00_optim_states.pt")
+    run = server.train("run", STAGES[2], **apart)
+    assert run.exit_codes() == [0, 0], run.output()
+    assert "continuing at step 4" in run.output() and logged(nodes[0] / "run") == reference
+    assert all("damaged-step-00000006" in names(node / "run") for node in nodes)
+    assert all((node / "run/model/model.safetensors").exists() for node in nodes)
+    faults("damage on one of two nodes", "no shared file system", "survived", 3, *lost(nodes[0] / "run", reference))
