@@ -209,7 +209,8 @@ def check_not_owned(directory: Path) -> None:
 
 
 def is_run(directory: Path) -> bool:
-    return (directory / LOCK).exists() or (directory / "config.yaml").exists()
+    """The lock is the first file of a run's directory, and stays."""
+    return (directory / LOCK).exists()
 
 
 def has_results(directory: Path) -> bool:

@@ -3,14 +3,13 @@
 import json
 import os
 import shutil
-import socket
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import yaml
-from conftest import REPOSITORY, environment, torchrun
+from conftest import REPOSITORY
+from distributed.forked import Group, Rank
 
 from pdl.__main__ import main
 from pdl.config import _OURS, UserError, load_config
@@ -28,6 +27,7 @@ def _surroundings(monkeypatch):
     """Paths of the configs are relative to the repository; a process group leaves its description in the environment."""
     before = dict(os.environ)
     monkeypatch.chdir(REPOSITORY)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)  # beside a recipe of the user's, Python's doing and not ours
     yield
     os.environ.clear()
     os.environ.update(before)
@@ -390,11 +390,8 @@ def test_general_corpus(command, name, content, named):
 def finished(tmp_path_factory):
     """A real run of two steps, to be copied."""
     folder = tmp_path_factory.mktemp("finished")
-    done = subprocess.run(
-        [sys.executable, "-m", "pdl", "train", CONFIG, *RUN, f"training.output_dir={folder / 'run'}"],
-        cwd=REPOSITORY, env=environment(), capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    group = Group([Rank(["train", CONFIG, *RUN, f"training.output_dir={folder / 'run'}"])])
+    assert group.wait() == [0], group.said
     return folder / "run"
 
 
@@ -442,40 +439,24 @@ def test_output_directory_that_is_a_file(command):
 # --- real processes ---
 
 
-def test_hub_out_of_reach(tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-c", OFFLINE, str(tmp_path)], cwd=REPOSITORY, env=environment(), capture_output=True, text=True, timeout=120
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert "Traceback" not in done.stderr
-    data, model, tokenizer = done.stderr.split("pdl: ")[1:]
-    assert "hub:owner/name:test_sft[:50%]" in data and "data.train=my.jsonl" in data
-    assert "owner/model" in model and "could not be loaded" in model
-    assert "owner/tokenizer" in tokenizer and "could not be loaded" in tokenizer
+@pytest.mark.parametrize(
+    "overrides, named",
+    [
+        (["data.train=hub:owner/name:test_sft[:50%]"], ["hub:owner/name:test_sft[:50%]", "data.train=my.jsonl"]),
+        (["model=null", "model.name_or_path=owner/model", "tokenizer=null"], ["owner/model", "could not be loaded"]),
+        (["tokenizer={name_or_path: owner/tokenizer}"], ["owner/tokenizer", "could not be loaded"]),
+    ],
+    ids=["data", "model", "tokenizer"],
+)
+def test_hub_out_of_reach(tmp_path, overrides, named):
+    """In a process that has imported the libraries as they are without a network."""
+    group = Group([Rank(["train", CONFIG, f"training.output_dir={tmp_path}/run", *overrides])])
+    assert group.wait() == [2]
+    (said,) = group.said
+    assert said.count("pdl: ") == 1 and "Traceback" not in said
+    for text in named:
+        assert text in said
     assert not list(tmp_path.iterdir())
-
-
-OFFLINE = f"""
-import sys
-from pdl.__main__ import main
-for overrides in (
-    ["data.train=hub:owner/name:test_sft[:50%]"],
-    ["model=null", "model.name_or_path=owner/model", "tokenizer=null"],
-    ["tokenizer={{name_or_path: owner/tokenizer}}"],
-):
-    assert main(["train", "{CONFIG}", f"training.output_dir={{sys.argv[1]}}/run", *overrides]) == 2
-"""
-
-
-def test_command_under_torchrun(tmp_path):
-    done = torchrun(
-        2, "-m", "pdl", "train", CONFIG, "loss.alpha=-1", f"training.output_dir={tmp_path}/run", timeout=120
-    )
-    assert done.stderr.count("pdl: ") == 1 and "loss.alpha=-1.0 must be finite and >= 0" in done.stderr
-    assert (
-        done.stderr.count("exitcode  : 2") >= 1
-    )  # torchrun's own report; it ends with 1 whatever its workers end with
-    assert not (tmp_path / "run").exists()
 
 
 # Each: what rank 0 and rank 1 are told besides what both are told, and what the one message must name. A rank runs in a
@@ -493,24 +474,10 @@ BETWEEN_RANKS = {
     "a taken directory under --check": (["training.output_dir=taken", "--check"], ["training.output_dir=taken", "--check"], ["training.output_dir=taken"]),
 }  # fmt: skip
 
-WORKER = """
-import json, os, sys, traceback
-from pdl.__main__ import main
-for number, (arguments, port) in enumerate(json.loads(sys.argv[1])):
-    os.environ["MASTER_PORT"] = port  # a group of its own for each case
-    print(f"case {number}", file=sys.stderr, flush=True)
-    try:
-        code = main(arguments)
-    except Exception:
-        code = 1
-        traceback.print_exc()
-    print(f"code {code}", file=sys.stderr, flush=True)
-"""
-
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory):
-    """What each of two ranks wrote to stderr in each case, and its folder before and after."""
+def machines(tmp_path_factory):
+    """For each of two ranks a folder with the same names in it, and where it caches."""
     folders = [tmp_path_factory.mktemp(f"rank{rank}") for rank in (0, 1)]
     lines = [json.dumps(record) + "\n" for record in RECORDS]
     for rank, folder in enumerate(folders):
@@ -520,57 +487,28 @@ def ranks(tmp_path_factory):
     (folders[0] / "only0.jsonl").write_text("".join(lines))
     (folders[0] / "taken").mkdir()
     (folders[0] / "taken" / "thesis.tex").write_text("the only copy")
+    return [(folder, tmp_path_factory.mktemp("cache")) for folder in folders]
+
+
+@pytest.mark.parametrize("case", BETWEEN_RANKS)
+def test_all_ranks_end_with_code_2(machines, case):
+    *told, named = BETWEEN_RANKS[case]
     both = [
         str(REPOSITORY / CONFIG), *SMALL, "training.max_steps=1", "training.output_dir=run", "data.train=train.jsonl",
         "data.validation=train.jsonl", "data.test=null", f"deepspeed={REPOSITORY}/configs/deepspeed/zero2.json",
     ]  # fmt: skip
-    before = [listing(folder) for folder in folders]
-    ports = free_ports(len(BETWEEN_RANKS))
-    processes = []
-    for rank, folder in enumerate(folders):
-        told = [["train", *both, *case[rank]] for case in BETWEEN_RANKS.values()]
-        surroundings = environment(
-            RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK="0", LOCAL_WORLD_SIZE="1", MASTER_ADDR="127.0.0.1",
-            PYTHONPATH=str(REPOSITORY), PDL_CACHE=str(tmp_path_factory.mktemp(f"cache{rank}")),
-        )  # fmt: skip
-        command = [sys.executable, "-c", WORKER, json.dumps(list(zip(told, ports, strict=True)))]
-        processes.append(
-            subprocess.Popen(
-                command, cwd=folder, env=surroundings, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
-            )
-        )
-    errors = []
-    try:
-        for process in processes:
-            errors.append(process.communicate(timeout=120)[1])
-    finally:
-        for process in processes:
-            process.kill()
-    after = [listing(folder) for folder in folders]
-    return [dict(zip(BETWEEN_RANKS, error.split("case ")[1:], strict=False)) for error in errors], before, after
-
-
-def free_ports(number: int) -> list[str]:
-    sockets = [socket.socket() for _ in range(number)]
-    for free in sockets:
-        free.bind(("127.0.0.1", 0))
-    ports = [str(free.getsockname()[1]) for free in sockets]
-    for free in sockets:
-        free.close()
-    return ports
-
-
-@pytest.mark.parametrize("case", BETWEEN_RANKS)
-def test_all_ranks_end_with_code_2(ranks, case):
-    first, second = (written[case] for written in ranks[0])
-    assert first.rstrip().endswith("code 2"), first
-    assert second.rstrip().endswith("code 2"), second
+    alone = {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}  # on its machine
+    before = [listing(folder) for folder, _ in machines]
+    group = Group(
+        [
+            Rank(["train", *both, *mine], folder, alone | {"PDL_CACHE": str(cache)})
+            for mine, (folder, cache) in zip(told, machines, strict=True)
+        ]
+    )
+    assert group.wait(timeout=120) == [2, 2], group.said
+    first, second = group.said
     assert first.count("pdl: ") == 1 and second.count("pdl: ") == 0
     assert "Traceback" not in first + second
-    for text in BETWEEN_RANKS[case][2]:
+    for text in named:
         assert text in first
-
-
-def test_no_rank_writes_anything(ranks):
-    _, before, after = ranks
-    assert before == after
+    assert [listing(folder) for folder, _ in machines] == before

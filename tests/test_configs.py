@@ -5,14 +5,13 @@ import os
 import re
 import shlex
 import subprocess
-import sys
-from itertools import product
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from conftest import REPOSITORY, environment, torchrun
+from conftest import REPOSITORY
+from distributed.forked import Group, Rank
 
 from pdl.__main__ import main
 from pdl.config import load_config
@@ -24,39 +23,6 @@ TASKS = ["summarization", "dialogue", "style_transfer", "code_generation"]
 # The public data set of each task's real config, and the family of its model.
 REAL = {"summarization": "dialogsum", "dialogue": "everyday_conversations", "style_transfer": "coedit", "code_generation": "mbpp"}  # fmt: skip
 CONFIGS = sorted((REPOSITORY / "configs").glob("*/*.yaml"))
-
-# A start of a DeepSpeed process costs seconds, nearly all of them imports. One process imports, then forks the ranks of
-# one run after the other. Reads [[ranks, arguments of `python -m pdl`], ...], prints the exit codes of each run's ranks.
-FORK = """
-import json, os, socket, sys, traceback
-import datasets, deepspeed, rouge_score.rouge_scorer, sacrebleu, torch.utils.tensorboard
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
-import pdl.commands.train, pdl.run
-from pdl.__main__ import main
-
-def rank(number, ranks, port, arguments):
-    os.environ.update(RANK=str(number), LOCAL_RANK=str(number), WORLD_SIZE=str(ranks), LOCAL_WORLD_SIZE=str(ranks))
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    os.dup2(2, 1)  # what a run says goes with its errors
-    try:
-        return main(arguments)
-    except Exception:
-        traceback.print_exc()
-        return 1
-
-for ranks, arguments in json.load(sys.stdin):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    children = []
-    for number in range(ranks):
-        children.append(os.fork())
-        if children[-1] == 0:
-            code = rank(number, ranks, port, arguments)
-            sys.stdout.flush(), sys.stderr.flush()
-            os._exit(code)
-    print(json.dumps([os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]), flush=True)
-"""
 
 
 def sample_records(task: str, split: str) -> list[dict]:
@@ -202,30 +168,33 @@ def write_pretrained(directory: Path, task: str) -> None:
 def two_steps(tmp_path_factory) -> dict[str, Path]:
     """The run directory of two steps of every config: the samples on one process, the real ones on two ranks."""
     folder = tmp_path_factory.mktemp("two_steps")
-    runs, directories = [], {}
-    for task, name in product(TASKS, ("sample", "real")):
-        directories[f"{task}/{name}"] = output = folder / task / name
-        overrides = ["training.max_steps=2", "evaluation.examples=2", f"training.output_dir={output}"]
-        path = f"configs/{task}/{'sample' if name == 'sample' else REAL[task]}.yaml"
-        if name == "real":
-            write_pretrained(folder / task / "pretrained", task)
-            data = yaml.safe_load((REPOSITORY / path).read_text())["data"]
-            for split in {"train", "validation", "test"} & set(data):
-                local = folder / task / f"{split}.jsonl"
-                local.write_text("".join(json.dumps(record) + "\n" for record in globals()[REAL[task]](split)))
-                overrides.append(f"data.{split}={local}")
-            # A rate that moves bf16 weights in two steps; accumulation over 2 ranks.
-            overrides += [
-                f"model.name_or_path={folder / task / 'pretrained'}", "training.epochs=null", "training.learning_rate=0.01",
-                "training.warmup_steps=0", "training.global_batch_size=8", "training.micro_batch_size=2",
-            ]  # fmt: skip
-        runs.append([1 if name == "sample" else 2, ["train", path, *overrides]])
-    done = subprocess.run(
-        [sys.executable, "-c", FORK], input=json.dumps(runs), cwd=REPOSITORY, env=environment(), capture_output=True, text=True, timeout=600
-    )  # fmt: skip
-    codes = [json.loads(line) for line in done.stdout.splitlines()]
-    assert done.returncode == 0 and codes == [[0] * ranks for ranks, _ in runs], f"{codes}\n{done.stderr}"
+    directories = {}
+    for task in TASKS:
+        groups = []
+        for name, ranks in (("sample", 1), ("real", 2)):  # side by side
+            directories[f"{task}/{name}"] = output = folder / task / name
+            path = f"configs/{task}/{'sample' if name == 'sample' else REAL[task]}.yaml"
+            overrides = ["training.max_steps=2", "evaluation.examples=2", f"training.output_dir={output}"]
+            overrides += local_overrides(folder / task, task, path) if name == "real" else []
+            groups.append(Group([Rank(["train", path, *overrides])] * ranks))
+        for group in groups:
+            assert not any(group.wait()), "\n".join(group.said)
     return directories
+
+
+def local_overrides(folder: Path, task: str, path: str) -> list[str]:
+    """What makes a real config small: a model and data that are here, and a rate that moves bf16 weights in two steps."""
+    write_pretrained(folder / "pretrained", task)
+    overrides = [
+        f"model.name_or_path={folder / 'pretrained'}", "training.epochs=null", "training.learning_rate=0.01",
+        "training.warmup_steps=0", "training.global_batch_size=8", "training.micro_batch_size=2",
+    ]  # fmt: skip
+    data = yaml.safe_load((REPOSITORY / path).read_text())["data"]
+    for split in {"train", "validation", "test"} & set(data):
+        local = folder / f"{split}.jsonl"
+        local.write_text("".join(json.dumps(record) + "\n" for record in globals()[REAL[task]](split)))
+        overrides.append(f"data.{split}={local}")
+    return overrides
 
 
 @pytest.mark.parametrize("name", ["sample", "real"])
@@ -265,15 +234,16 @@ def unigram_entropy(counts: torch.Tensor) -> float:
 
 
 WHOLE = [pytest.param(task, [], marks=pytest.mark.slow, id=task) for task in TASKS]
-SHORT = pytest.param("style_transfer", ["training.max_steps=120", "evaluation.examples=0"], id="style_transfer-short")
+QUICK = ["training.max_steps=40", "training.warmup_steps=10", "training.learning_rate=4e-3", "evaluation.examples=0"]
+SHORT = pytest.param("style_transfer", QUICK, id="style_transfer-short")
 
 
 @pytest.mark.parametrize(("task", "overrides"), [SHORT, *WHOLE])
 def test_a_sample_run_learns_more_than_frequencies(task, overrides, tmp_path):
     """Unseen targets cost less than the entropy of the training targets: no model that knows only frequencies gets there."""
     path = f"configs/{task}/sample.yaml"
-    ended = torchrun(2, "-m", "pdl", "train", path, f"training.output_dir={tmp_path}/run", *overrides)
-    assert ended.returncode == 0, ended.stderr
+    group = Group([Rank(["train", path, f"training.output_dir={tmp_path}/run", *overrides])] * 2)
+    assert group.wait(timeout=900) == [0, 0], group.said
     report = json.loads((tmp_path / "run" / "report.json").read_text())
     entropy = unigram_entropy(TokenFrequencies.load(tmp_path / "run" / "frequencies.safetensors").counts)
     before, after = (report[f"{when}_validation"]["validation/cross_entropy"] for when in ("first", "last"))
@@ -288,12 +258,19 @@ DOCUMENTS = [
     if path.exists()
 ]  # fmt: skip
 ROOMS = [".ci", "configs", "launch", "pdl", "recipes", "tests"]
-WRITTEN_BY_RUNS = {"config.yaml", "metrics.jsonl", "report.json", "status.json", "frequencies.safetensors"}
+WRITTEN_BY_RUNS = {
+    "config.yaml",
+    "metrics.jsonl",
+    "report.json",
+    "status.json",
+    "manifest.json",
+    "frequencies.safetensors",
+}
 PATH = re.compile(
     rf"(?<![\w./:@-])((?:{'|'.join(map(re.escape, ROOMS))})/[\w.*{{}},/-]*|[\w-]+\.(?:py|toml|txt|jsonl?|yaml|sh|sbatch|md))\b"
 )
 OWN_FILE = re.compile(r"(?<![\w./])my[\w./-]*\.\w+")  # by convention: my.yaml, my_train.jsonl, my/train.jsonl
-USAGE = re.compile(r"[<*\[…]|\.\.\.|CONFIG\.yaml")  # a form of commands, not a command
+USAGE = re.compile(r"[<*\[…]|\.\.\.|CONFIG\.yaml|RUN_DIR|CHECKPOINT")  # a form of commands, not a command
 
 
 def code_of(document: Path) -> tuple[list[str], list[str], str]:

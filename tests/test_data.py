@@ -6,8 +6,6 @@ import json
 import os
 import random
 import signal
-import subprocess
-import sys
 from collections import Counter
 from itertools import islice
 
@@ -16,7 +14,8 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 import torch
-from conftest import REPOSITORY, environment
+from conftest import REPOSITORY
+from distributed.forked import Group, Rank
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
@@ -35,6 +34,7 @@ from pdl.data import (
     examples,
     label_frequencies,
     records,
+    source_hash,
     text_frequencies,
     token_rows,
     validation_batches,
@@ -179,29 +179,31 @@ def test_hub_addresses(source, parts):
     assert tuple(hub_address(source)[part] for part in ("repository", "config", "revision", "split")) == parts
 
 
-def test_hub_dataset_through_the_library(tmp_path):
+def read_splits(arguments: list) -> None:
+    """Write the records and the hash of each address to `home`, where datasets' own cache is as well."""
+    home, addresses = arguments
+    datasets.config.HF_DATASETS_CACHE = home
+    read = [[list(records(address)), source_hash(address)] for address in addresses]
+    (home / "read.json").write_text(json.dumps(read))
+
+
+def test_hub_dataset_through_the_library(tmp_path, monkeypatch):
     """`datasets` takes a folder of the same name before it asks the hub: the same code, without a network."""
     (tmp_path / "owner" / "name").mkdir(parents=True)
     lines = [json.dumps({"source": f"s{n}", "target": f"t{n}"}) + "\n" for n in range(8)]
     (tmp_path / "owner" / "name" / "train.jsonl").write_text("".join(lines))
-    script = """
-import json
-from pdl.data import records, source_hash
-for split in ("train[:25%]", "train[6:]"):
-    address = f"hub:owner/name:{split}"
-    print(json.dumps([list(records(address)), source_hash(address)]))
-"""
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", script], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-            env=environment(HF_HOME=str(tmp_path / home), PYTHONPATH=str(REPOSITORY)),
-        )
-        for home in ("one", "two")
-    ]  # fmt: skip
-    (output, errors), (elsewhere, _) = (process.communicate(timeout=120) for process in processes)
-    assert output, errors
-    assert output == elsewhere  # the hash as well: two machines must not disagree on their data
-    (first, first_hash), (second, second_hash) = map(json.loads, output.splitlines())
+    addresses = [f"hub:owner/name:{split}" for split in ("train[:25%]", "train[6:]")]
+    homes = [tmp_path / "one", tmp_path / "two"]
+    for home in homes:
+        home.mkdir()
+    group = Group([Rank([homes[0], addresses], folder=tmp_path)], read_splits)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", homes[1])
+    read_splits([homes[1], addresses])
+    assert group.wait() == [0], group.said
+    elsewhere, here = (json.loads((home / "read.json").read_text()) for home in homes)
+    assert elsewhere == here  # the hash as well: two machines must not disagree on their data
+    (first, first_hash), (second, second_hash) = here
     assert first == [[f"hub:owner/name:train[:25%] row {n}", {"source": f"s{n}", "target": f"t{n}"}] for n in (0, 1)]
     assert [record["source"] for _, record in second] == ["s6", "s7"]
     assert first_hash != second_hash
@@ -448,6 +450,11 @@ def test_a_refused_file_leaves_nothing_in_the_cache(tmp_path, cache):
     assert not files(cache)
 
 
+def write_rows(arguments: list) -> None:
+    path, recipe = arguments
+    token_rows(config(path, recipe), "train", encoder(), "hash", print)
+
+
 def test_a_killed_write_leaves_nothing_that_looks_whole(tmp_path, cache):
     path = write(tmp_path / "a.jsonl", PAIRS * 500)
     recipe = tmp_path / "mine.py"
@@ -459,16 +466,8 @@ def test_a_killed_write_leaves_nothing_that_looks_whole(tmp_path, cache):
         "    yield Example(record['source'], record['target'], (record['target'],))\n"
         "def scores(predictions, examples): return {}\n"
     )
-    script = f"""
-import sys
-sys.path[:0] = [{str(REPOSITORY)!r}, {str(REPOSITORY / "tests")!r}]
-from test_data import config, encoder, token_rows
-token_rows(config({str(path)!r}, {str(recipe)!r}), "train", encoder(), "hash", print)
-"""
-    done = subprocess.run(
-        [sys.executable, "-c", script], env=environment(DIE="1"), capture_output=True, text=True, timeout=120
-    )
-    assert done.returncode == -signal.SIGKILL, done.stderr
+    group = Group([Rank([path, str(recipe)], environment={"DIE": "1"})], write_rows)
+    assert group.wait() == [-signal.SIGKILL], group.said
     left = list(files(cache))
     assert left and all(name.endswith(".partial") for name in left)
     rows = token_rows(config(path, str(recipe)), "train", encoder(), "hash", print)

@@ -11,7 +11,16 @@ from packaging.requirements import Requirement
 from packaging.version import Version
 
 TASKS = ["summarization", "dialogue", "style-transfer", "code-generation"]
-TARGETS = ["install", *(f"train-{task}" for task in TASKS), "test", "test-slow", "lint", "tensorboard", "clean"]
+TARGETS = [
+    "install",
+    *(f"train-{task}" for task in TASKS),
+    "test",
+    "test-slow",
+    "test-faults",
+    "lint",
+    "tensorboard",
+    "clean",
+]
 
 
 @pytest.fixture

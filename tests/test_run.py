@@ -1,10 +1,7 @@
 """Whole runs by the real command line: what is on disk at the end, the same logs after a kill, the same texts on any layout."""
 
 import json
-import os
 import signal
-import subprocess
-import sys
 import time
 from itertools import islice
 from pathlib import Path
@@ -13,7 +10,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 import yaml
-from conftest import REPOSITORY, environment, torchrun
+from conftest import REPOSITORY, torchrun
+from distributed.forked import Group, Rank
 
 from pdl.config import load_config
 from pdl.data import Collator, Encoder, Example, examples
@@ -30,8 +28,15 @@ ZERO3 = "deepspeed=tests/distributed/zero3.json"  # every parameter sharded, how
 TIMES = {"train/tokens_per_second", "train/step_seconds"}
 
 
-def train(ranks: int, directory: Path, *overrides: str):
-    return torchrun(ranks, "-m", "pdl", "train", SAMPLE, *SMALL, f"training.output_dir={directory}", *overrides)
+def train(ranks: int, directory: Path, *overrides: str) -> Group:
+    """Ranks forked from one process that has everything imported; `finished` starts under torchrun."""
+    group = Group([Rank(["train", SAMPLE, *SMALL, f"training.output_dir={directory}", *overrides])] * ranks)
+    group.wait()
+    return group
+
+
+def codes(group: Group) -> set[int]:
+    return {process.exitcode for process in group.processes}
 
 
 def logged(directory: Path) -> list[dict]:
@@ -42,7 +47,7 @@ def logged(directory: Path) -> list[dict]:
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory) -> Path:
     directory = tmp_path_factory.mktemp("finished") / "run"
-    ended = train(2, directory)
+    ended = torchrun(2, "-m", "pdl", "train", SAMPLE, *SMALL, f"training.output_dir={directory}")
     assert ended.returncode == 0, ended.stderr
     return directory
 
@@ -57,7 +62,7 @@ def other_overrides(finished) -> list[str]:
 def finished_other(tmp_path_factory, other_overrides) -> Path:
     directory = tmp_path_factory.mktemp("finished-other") / "run"
     ended = train(2, directory, *other_overrides)
-    assert ended.returncode == 0, ended.stderr
+    assert codes(ended) == {0}, ended.said
     return directory
 
 
@@ -66,8 +71,8 @@ def finished_dialogue(tmp_path_factory) -> Path:
     """A decoder-only model."""
     directory = tmp_path_factory.mktemp("finished-dialogue") / "run"
     small = ["training.max_steps=8", "training.warmup_steps=0", "evaluation.examples=4", "training.evaluate_every=100"]
-    ended = torchrun(1, "-m", "pdl", "train", DIALOGUE, *small, f"training.output_dir={directory}")
-    assert ended.returncode == 0, ended.stderr
+    ended = Group([Rank(["train", DIALOGUE, *small, f"training.output_dir={directory}"])])
+    assert ended.wait() == [0], ended.said
     return directory
 
 
@@ -137,40 +142,26 @@ def test_the_exported_model_has_the_logged_loss(request, run):
 def test_a_finished_run_says_so_and_is_left_alone(finished):
     before = {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
     ended = train(2, finished)
-    assert ended.returncode == 0 and "is finished" in ended.stdout
+    assert codes(ended) == {0} and "is finished" in ended.said[0]
     assert {path: path.stat().st_mtime_ns for path in finished.rglob("*")} == before
 
 
-@pytest.mark.parametrize("run", ["finished", "finished_other"])
-def test_killed_and_resumed_logs_the_same(request, tmp_path, run):
-    """SIGKILL to every process once step 5 is logged; the run goes on from step 4 as if nothing had happened."""
+def test_a_pretrained_model_killed_and_resumed_logs_the_same(finished_other, tmp_path, other_overrides):
+    """SIGKILL to every process once step 5 is logged; the run goes on as if nothing had happened. More in test_faults.py."""
     directory = tmp_path / "run"
-    reference = logged(request.getfixturevalue(run))
-    overrides = [] if run == "finished" else request.getfixturevalue("other_overrides")
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "pdl", "train", SAMPLE, *SMALL,
-        f"training.output_dir={directory}", *overrides,
-    ]  # fmt: skip
-    process = subprocess.Popen(
-        command,
-        cwd=REPOSITORY,
-        env=environment(),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
+    group = Group([Rank(["train", SAMPLE, *SMALL, f"training.output_dir={directory}", *other_overrides])] * 2)
     log = directory / "metrics.jsonl"
     deadline = time.time() + 120
     while not (log.exists() and '"step": 5' in log.read_text()):
-        assert process.poll() is None and time.time() < deadline
+        assert time.time() < deadline, group.said
         time.sleep(0.01)
-    workers = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True)
-    for pid in [process.pid, *map(int, workers.stdout.split())]:
-        os.kill(pid, signal.SIGKILL)
-    process.wait()
-    ended = train(2, directory, *overrides)
-    assert ended.returncode == 0, ended.stderr
-    assert "continuing at step" in ended.stdout
-    assert logged(directory) == reference
+    for process in group.processes:
+        process.kill()
+    assert group.wait() == [-signal.SIGKILL] * 2
+    ended = train(2, directory, *other_overrides)
+    assert codes(ended) == {0}, ended.said
+    assert "continuing at step" in ended.said[0]
+    assert logged(directory) == logged(finished_other)
 
 
 def test_other_data_under_the_same_name_is_refused_and_nothing_touched(finished_other, other_overrides, tmp_path):
@@ -179,18 +170,18 @@ def test_other_data_under_the_same_name_is_refused_and_nothing_touched(finished_
     records = (REPOSITORY / "recipes/summarization/sample/train.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "train.jsonl").write_text("".join(records))
     overrides = [f"data.train={tmp_path / 'train.jsonl'}", "training.max_steps=4", "training.schedule_steps=9"]
-    assert train(2, directory, *other_overrides, *overrides).returncode == 0
+    assert codes(train(2, directory, *other_overrides, *overrides)) == {0}
     (tmp_path / "train.jsonl").write_text("".join(records[:-1]))
     before = {path: path.stat().st_mtime_ns for path in directory.rglob("*")}
     ended = train(2, directory, *other_overrides, *overrides, "training.max_steps=6")
-    assert ended.returncode != 0 and "cannot be continued here" in ended.stderr and "train_rows" in ended.stderr
+    assert codes(ended) == {2} and "cannot be continued here" in ended.said[0] and "train_rows" in ended.said[0]
     assert {path: path.stat().st_mtime_ns for path in directory.rglob("*")} == before
 
 
 def test_another_configuration_is_refused_with_the_difference(finished):
     ended = train(2, finished, "loss.alpha=0.5")
     assert json.loads((finished / "status.json").read_text())["state"] == "done"
-    assert ended.returncode != 0 and "loss.alpha: 0.25 there, 0.5 asked for" in ended.stderr
+    assert codes(ended) == {2} and "loss.alpha: 0.25 there, 0.5 asked for" in ended.said[0]
 
 
 def test_another_number_of_ranks_sees_the_same_batches(tmp_path):
@@ -198,7 +189,7 @@ def test_another_number_of_ranks_sees_the_same_batches(tmp_path):
     runs = [tmp_path / "one", tmp_path / "two"]
     for ranks, directory in enumerate(runs, 1):
         ended = train(ranks, directory, "model.dropout=0")
-        assert ended.returncode == 0, ended.stderr
+        assert codes(ended) == {0}, ended.said
     for one, two in zip(*map(logged, runs), strict=True):
         assert one == pytest.approx(two, rel=1e-4)
     one, two = (json.loads((directory / "report.json").read_text())["scores"] for directory in runs)
@@ -272,6 +263,6 @@ def test_a_non_finite_loss_stops_before_the_update(tmp_path):
     directory = tmp_path / "run"
     ended = train(2, directory, "training.learning_rate=1e30", "training.warmup_steps=0", "training.max_grad_norm=0")
     status = json.loads((directory / "status.json").read_text())
-    assert ended.returncode != 0 and status["state"] == "failed" and status["exit_code"] == 1
+    assert codes(ended) == {1} and status["state"] == "failed" and status["exit_code"] == 1
     assert "is not finite" in status["reason"] and "dataset rows" in status["reason"]
     assert not list(directory.glob("checkpoints/*")) and not (directory / "model").exists()

@@ -29,8 +29,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(arguments: argparse.Namespace) -> int:
-    if arguments.print_config:
-        return _print_config(arguments)
+    if arguments.print_config or int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        # Nobody to agree with: what is wrong is said before the libraries are imported, which takes seconds.
+        try:
+            config = load_config(arguments.config, arguments.overrides, int(os.environ.get("WORLD_SIZE", "1")))
+        except UserError as error:
+            print(f"pdl: {error}", file=sys.stderr)
+            return 2
+        if arguments.print_config:
+            print(yaml.safe_dump(config.to_dict(), sort_keys=False), end="")
+            return 0
     from pdl import watch
 
     watch.start()  # before the imports, which take seconds
@@ -53,13 +61,3 @@ def main(arguments: argparse.Namespace) -> int:
     watch.end()
     distributed.stop()
     return code
-
-
-def _print_config(arguments: argparse.Namespace) -> int:
-    try:
-        config = load_config(arguments.config, arguments.overrides, int(os.environ.get("WORLD_SIZE", "1")))
-    except UserError as error:
-        print(f"pdl: {error}", file=sys.stderr)
-        return 2
-    print(yaml.safe_dump(config.to_dict(), sort_keys=False), end="")
-    return 0

@@ -1,4 +1,4 @@
-"""Runs cases of the exactness matrix in one process group: `torchrun worker.py cases.json out_directory`.
+"""Runs cases of the exactness matrix in one process group.
 
 For each case the real Trainer takes its steps on a real DeepSpeed engine with SGD; rank 0 saves the update of every
 parameter and the logged values.
@@ -6,15 +6,14 @@ parameter and the logged values.
 
 import dataclasses
 import json
-import sys
 from pathlib import Path
 
 import datasets
 import torch
-from models import TOKENS, VOCABULARY, build, prompts_and_targets
-from oracle import zipf_counts
 from safetensors.torch import save_file
 
+from distributed.models import TOKENS, VOCABULARY, build, prompts_and_targets
+from distributed.oracle import zipf_counts
 from pdl import distributed, power_law_weights
 from pdl.config import Config, TrainingConfig
 from pdl.data import Collator, GlobalBatches, TokenRows
@@ -140,9 +139,10 @@ def run(case: dict, out: Path) -> None:
     engine.destroy()
 
 
-if __name__ == "__main__":
+def run_all(arguments: list) -> None:
+    """arguments: the cases, and the directory for their results."""
+    cases, out = arguments
     distributed.start()
-    directory = Path(sys.argv[2])
-    for case in json.loads(Path(sys.argv[1]).read_text()):
-        run(case, directory)
+    for case in cases:
+        run(case, out)
     distributed.stop()

@@ -1,7 +1,4 @@
-"""Faults that a rank's own process brings about, installed before the run begins. Everything else in it is real.
-
-Each fault is a dictionary with one of these keys, `install` describes the rest.
-"""
+"""Faults that a rank's own process brings about, installed before the run begins. Everything else in it is real."""
 
 import os
 import resource
@@ -13,11 +10,15 @@ from pathlib import Path
 import torch
 
 from pdl import checkpoint, train
+from pdl.__main__ import main
 
 
-def install(fault: dict) -> None:
+def run_with_fault(told: list) -> int:
+    """One rank, told its fault and the command line. A fault is {name: value}: the functions below say which there are."""
+    fault, arguments = told
     for name, value in fault.items():
         globals()[f"_{name}"](value)
+    return main(arguments)
 
 
 def _before_step(step: int, work) -> None:

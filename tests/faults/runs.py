@@ -2,14 +2,12 @@
 
 import json
 import os
-import subprocess
-import sys
-import time
 from pathlib import Path
 
-from conftest import REPOSITORY, environment
+from distributed.forked import Group, Rank
 
-HERE = Path(__file__).parent
+from faults.faults import run_with_fault
+
 SAMPLE = "configs/summarization/sample.yaml"
 # Dropout on, the end of an epoch inside a batch, logs and checkpoints at different steps.
 SMALL = [
@@ -24,49 +22,28 @@ TIMES = {"train/tokens_per_second", "train/step_seconds"}
 class Run:
     """A run that goes on in processes of its own."""
 
-    def __init__(self, pids: dict, log: Path):
-        self.launcher, self.ranks, self.log = pids["launcher"], pids["ranks"], log
+    def __init__(self, arguments: list, ranks: int = 2, faults: dict | None = None, **each):
+        """faults: by rank. each: `folder` and `environment` of every rank, or a list with one for each of them."""
+        told = [
+            Rank(
+                [(faults or {}).get(rank, {}), list(map(str, arguments))],
+                **{key: value[rank] if isinstance(value, list) else value for key, value in each.items()},
+            )
+            for rank in range(ranks)
+        ]
+        self.group = Group(told, run_with_fault)
+        self.ranks = [process.pid for process in self.group.processes]
 
     def exit_codes(self, seconds: float = 180) -> list[int]:
         """Waits for all ranks to end by themselves."""
-        path, deadline = self.log / "exit_codes.json", time.monotonic() + seconds
-        while not path.exists():
-            assert time.monotonic() < deadline, f"still there after {seconds} s:\n{self.output()}"
-            time.sleep(0.02)
-        return json.loads(path.read_text())
+        return self.group.wait(seconds)
 
     def output(self) -> str:
-        return "\n".join(path.read_text(errors="replace") for path in sorted(self.log.glob("rank-*.log")))
+        return "\n".join(self.group.said)
 
 
-class Server:
-    def __init__(self, directory: Path):
-        self.directory, self.number = directory, 0
-        self.process = subprocess.Popen(
-            [sys.executable, str(HERE / "server.py")], cwd=REPOSITORY, env=environment(PYTHONPATH=str(HERE)),
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-        )  # fmt: skip
-        assert self.process.stdout.readline() == "ready\n"
-
-    def start(self, argv: list, ranks: int = 2, faults: dict | None = None, **more) -> Run:
-        """faults: by rank. more: `env` and `cwd` for all ranks, or lists with one for each."""
-        self.number += 1
-        log = self.directory / f"log-{self.number}"
-        log.mkdir()
-        each = [{"fault": (faults or {}).get(rank)} for rank in range(ranks)]
-        for key, value in more.items():
-            for rank, settings in enumerate(each):
-                settings[key] = value[rank] if isinstance(value, list) else value
-        self.process.stdin.write(json.dumps({"argv": list(map(str, argv)), "ranks": each, "log": str(log)}) + "\n")
-        self.process.stdin.flush()
-        return Run(json.loads(self.process.stdout.readline()), log)
-
-    def train(self, directory: Path, *overrides: str, **more) -> Run:
-        return self.start(["train", SAMPLE, *SMALL, f"training.output_dir={directory}", *overrides], **more)
-
-    def close(self) -> None:
-        self.process.stdin.close()
-        self.process.wait()
+def train(directory: Path | str, *overrides: str, **more) -> Run:
+    return Run(["train", SAMPLE, *SMALL, f"training.output_dir={directory}", *overrides], **more)
 
 
 def logged(directory: Path) -> list[dict]:
