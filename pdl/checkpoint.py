@@ -18,6 +18,7 @@ import shutil
 import socket
 import threading
 import time
+import uuid
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -32,7 +33,7 @@ from xxhash import xxh3_128
 from pdl import distributed, watch
 from pdl.config import Config, UserError
 from pdl.distributed import RunFailed, say
-from pdl.run_directory import Storage, differences, read_config, sync_directory, write_json
+from pdl.run_directory import Storage, differences, named_checkpoint, read_config, sync_directory, sync_tree, write_json
 from pdl.train import TrainerState
 
 MANIFEST = "manifest.json"
@@ -224,6 +225,7 @@ class Checkpointer:
         """Raises UserError, before training, when the checkpoints that will be there at once do not fit. A collective."""
 
         def refuse() -> None:
+            self._delete_leftovers()
             existing = len(checkpoints(self.storage.directory))
             needed = self.bytes_needed() * max(1, self.keep + 1 - existing)
             free = shutil.disk_usage(self.storage.directory).free
@@ -273,6 +275,7 @@ class Checkpointer:
         content = {
             "format": _FORMAT,
             "step": state.done,
+            "save": distributed.gathered(uuid.uuid4().hex)[0],  # ties the parts of nodes together
             "world_size": distributed.world_size(),
             "ranks": self.storage.ranks,
             "trainer": asdict(state),
@@ -307,23 +310,27 @@ class Checkpointer:
         if not self.directory.exists():
             self.directory.mkdir()
             sync_directory(self.storage.directory)
-        for leftover in (
-            path for kind in ("partial-*", ".partial-*", "deleting-*") for path in self.directory.glob(kind)
-        ):
-            shutil.rmtree(leftover, ignore_errors=True)  # a thread may be deleting it
+        self._delete_leftovers()
         free, needed = shutil.disk_usage(self.directory).free, self.bytes_needed()
         if free < needed:
             raise OSError(f"it needs up to {needed / 1e9:.2f} GB and {free / 1e9:.2f} GB are free in {self.directory}")
         partial.mkdir()
 
+    def _delete_leftovers(self) -> None:
+        """Of a save or a deletion that was cut off."""
+        if self.storage.writes:
+            for kind in ("partial-*", ".partial-*", "deleting-*"):
+                for leftover in self.directory.glob(kind):
+                    shutil.rmtree(leftover, ignore_errors=True)  # a thread may be deleting it
+
     def _finish(self, partial: Path, final: Path, content: dict, files: dict[str, dict]) -> None:
         """In a thread of each rank, without collectives: its own files to the disk; one rank then gives the whole its name."""
         for name, stated in files.items():
-            _sync(Path(name))
+            sync_tree(Path(name))
             if file_hash(Path(name)) != stated["xxh3_128"]:
                 raise OSError(f"{name} is not what was written; the disk cannot be trusted")
         relative = {str(Path(name).relative_to(partial)): stated for name, stated in files.items()}
-        write_json(partial / f"part-{distributed.rank():05d}.json", relative)
+        write_json(partial / f"part-{content['save']}-{distributed.rank():05d}.json", relative)
         if not self.storage.writes:
             while partial.exists():  # it is named by the rank that writes
                 time.sleep(0.01)
@@ -332,7 +339,7 @@ class Checkpointer:
         self.describe(partial / "model")
         stated = {}
         for rank in self.storage.ranks:
-            part = partial / f"part-{rank:05d}.json"
+            part = partial / f"part-{content['save']}-{rank:05d}.json"
             while not part.exists():
                 time.sleep(0.01)
             stated |= json.loads(part.read_text(encoding="utf-8"))
@@ -340,11 +347,11 @@ class Checkpointer:
         for path in sorted(partial.rglob("*")):
             name = str(path.relative_to(partial))
             if path.is_file() and name not in stated:
-                _sync(path)
+                sync_tree(path)
                 stated[name] = {"size": path.stat().st_size, "xxh3_128": file_hash(path)}
         manifest = partial / MANIFEST
         manifest.write_text(manifest_text(content | {"files": stated}), encoding="utf-8")
-        _sync(manifest)
+        sync_tree(manifest)
         for directory in [*(path for path in partial.rglob("*") if path.is_dir()), partial]:
             sync_directory(directory)
         partial.rename(final)
@@ -376,11 +383,6 @@ class _Background:
             self.ended = True
         except Exception as error:
             self.ended = error
-
-
-def _sync(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
 
 
 def _refuse_non_finite_weights(engine, step: int) -> None:
@@ -444,13 +446,18 @@ def choose_checkpoint(storage: Storage, config: Config, made_with: dict, known: 
     and set aside, but only once the one to use is known to fit. Raises UserError when it was made with something else, and
     when there were checkpoints and none is whole. A collective.
     """
-    named = _named_checkpoint(storage, config)
+    named = distributed.gathered(
+        distributed.together(lambda: named_checkpoint(config) if distributed.rank() == 0 else None)
+    )[0]
     if named is not None:
         chosen, problems = named, distributed.gathered(verify(named, *storage.part))
         if found := [problem for part in problems for problem in part]:
             raise UserError("\n  - ".join([f"training.resume={named} is not whole", *found]))
         broken = {}
-        newer = [path for path in checkpoints(storage.directory) if path > named and path.parent == named.parent]
+        newer = []
+        if config.resumes_inside:
+            chosen = storage.directory / "checkpoints" / named.name
+            newer = [path for path in checkpoints(storage.directory) if step_of(path) > step_of(named)]
     else:
         chosen, broken = _newest_whole_everywhere(storage)
         newer = []
@@ -464,8 +471,8 @@ def choose_checkpoint(storage: Storage, config: Config, made_with: dict, known: 
                 )
             )
         return None
-    manifest = read_manifest(chosen)
-    _refuse_other_run(chosen, manifest, config, made_with)
+    manifest = distributed.together(lambda: _manifest_of_this_run(chosen, config, made_with))
+    _refuse_other_nodes(storage, chosen, manifest)
     for name, found in broken.items():
         say(f"pdl: checkpoint {name} is not whole and was set aside: {'; '.join(found)}")
     if not broken and named is None and known is not None and known > manifest["step"]:
@@ -476,21 +483,7 @@ def choose_checkpoint(storage: Storage, config: Config, made_with: dict, known: 
             _set_aside(storage.directory / "checkpoints" / name, "damaged")
         for path in newer:
             _set_aside(path, "discarded")
-    if (
-        any(distributed.gathered(manifest["ranks"] != storage.ranks))
-        and not storage.shared
-        and manifest["world_size"] == distributed.world_size()
-    ):
-        raise UserError(
-            f"{chosen} is spread over nodes without a shared file system, and the ranks run on other nodes now; start the nodes in the order of "
-            f"the first time: {distributed.gathered((socket.gethostname(), manifest['ranks']))}"
-        )
     reshard = manifest["world_size"] != distributed.world_size() and made_with["zero_stage"] > 0
-    if reshard and not storage.shared:
-        raise UserError(
-            f"{chosen} was written on {manifest['world_size']} ranks and is spread over nodes without a shared file system; to continue "
-            f"on {distributed.world_size()} ranks bring its parts into one directory that all nodes see"
-        )
     now = {name: version(name) for name in _VERSIONS}
     then = {name: manifest["versions"].get(name) for name in _VERSIONS}
     if now != then:
@@ -501,22 +494,6 @@ def choose_checkpoint(storage: Storage, config: Config, made_with: dict, known: 
     return Resume(chosen, manifest, reshard)
 
 
-def _named_checkpoint(storage: Storage, config: Config) -> Path | None:
-    """The checkpoint of `training.resume=<path>`; None where that means `auto`.
-
-    One outside the output directory is what a run begins with: once the run has checkpoints of its own, those count. One
-    inside is what a user goes back to, once: a restart by the launcher goes on from the newest.
-    """
-    if config.training.resume in ("auto", "never"):
-        return None
-    named = Path(config.training.resume).resolve()
-    inside = config.resumes_inside
-    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
-    if restarted if inside else any(distributed.gathered(bool(checkpoints(storage.directory)))):
-        return None
-    return storage.directory / "checkpoints" / named.name if inside else named
-
-
 def _newest_whole_everywhere(storage: Storage) -> tuple[Path | None, dict[str, list[str]]]:
     """The newest checkpoint that is whole on every file system, and those newer than it, each with what is wrong."""
     broken: dict[str, list[str]] = {}
@@ -525,13 +502,20 @@ def _newest_whole_everywhere(storage: Storage) -> tuple[Path | None, dict[str, l
         path = storage.directory / "checkpoints" / name
         problems = verify(path, *storage.part) if path.exists() else [f"it is missing on {socket.gethostname()}"]
         found = {problem: None for part in distributed.gathered(problems) for problem in part}
+        if not found and len(set(distributed.gathered(read_manifest(path)["save"]))) > 1:
+            found = {"its parts are of different saves": None}
         if not found:
             return path, broken
         broken[name] = list(found)
     return None, broken
 
 
-def _refuse_other_run(checkpoint: Path, manifest: dict, config: Config, made_with: dict) -> None:
+def _manifest_of_this_run(checkpoint: Path, config: Config, made_with: dict) -> dict:
+    """Raises UserError when the checkpoint was made with something else than what is asked for."""
+    try:
+        manifest = read_manifest(checkpoint)
+    except ValueError as error:
+        raise UserError(f"{checkpoint}: {error}") from error
     stored = manifest["made_with"]
     found = differences(read_config(checkpoint / "config.yaml"), config, manifest["world_size"])
     if stored["zero_stage"] != made_with["zero_stage"]:
@@ -548,6 +532,25 @@ def _refuse_other_run(checkpoint: Path, manifest: dict, config: Config, made_wit
     ]
     if found:
         raise UserError("\n  - ".join([f"{checkpoint} cannot be continued here", *found]))
+    return manifest
+
+
+def _refuse_other_nodes(storage: Storage, checkpoint: Path, manifest: dict) -> None:
+    """Without a shared file system each rank must find what it wrote itself. A collective."""
+    parts = distributed.gathered((socket.gethostname(), manifest["ranks"], storage.ranks))
+    if storage.shared:
+        return
+    if manifest["world_size"] != distributed.world_size():
+        raise UserError(
+            f"{checkpoint} was written on {manifest['world_size']} ranks and lies on nodes without a shared file system: it goes on on "
+            "that number of ranks only"
+        )
+    if any(wrote != runs for _, wrote, runs in parts):
+        found = {f"{host} holds what ranks {wrote} wrote and runs ranks {runs}" for host, wrote, runs in parts}
+        raise UserError(
+            f"{checkpoint} lies on nodes without a shared file system, and the ranks run on other nodes now; start the nodes in the order of "
+            f"the first time: {'; '.join(sorted(found))}"
+        )
 
 
 def _set_aside(checkpoint: Path, why: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import resource
 import socket
@@ -80,7 +81,8 @@ def device() -> torch.device:
 def say(text: str, file: TextIO | None = None) -> None:
     """Print on rank 0 only."""
     if rank() == 0:
-        print(text, file=file or sys.stdout, flush=True)
+        with contextlib.suppress(OSError):  # a terminal that is gone ends no run
+            print(text, file=file or sys.stdout, flush=True)
 
 
 def peak_memory() -> list[int]:

@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from pdl.config import UserError, first_line
 from pdl.model import auto_class
 from pdl.reshard import tensors_only
+from pdl.run_directory import sync_directory, sync_tree
 
 
 def export_model(directory: Path, engine, tokenizer, writes: bool) -> None:
@@ -95,8 +96,10 @@ def _write(target: Path, model, state: dict[str, torch.Tensor], describe: Callab
     try:
         model.save_pretrained(partial, state_dict=state)
         describe(partial)
+        sync_tree(partial)
         if target.exists():
             shutil.rmtree(target)
         partial.rename(target)
+        sync_directory(target.parent)
     finally:
         shutil.rmtree(partial, ignore_errors=True)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,7 +15,7 @@ import torch
 
 from pdl import distributed
 from pdl.cross_entropy import LossSums
-from pdl.run_directory import write_whole
+from pdl.run_directory import sync_directory, sync_tree, write_whole
 
 BUCKETS = ("head", "middle", "tail")
 
@@ -138,8 +137,9 @@ class RunLog:
         def sync() -> None:
             for path in (self.path, self.events):
                 if path.exists():
-                    with path.open("rb") as file:
-                        os.fsync(file.fileno())
+                    sync_tree(path)
+            for directory in (self.events.parent, self.path.parent):
+                sync_directory(directory)
 
         self._on_rank_0(sync)
 
@@ -175,6 +175,7 @@ class RunLog:
             aside = self.path.with_name(f"metrics.discarded-{max(step, 0)}.jsonl")
             with aside.open("a", encoding="utf-8") as discarded:
                 discarded.writelines(line if line.endswith("\n") else line + "\n" for line in later)
+            sync_tree(aside)
             write_whole(self.path, "".join(kept))
 
 

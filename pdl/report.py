@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shlex
 import sys
@@ -9,7 +10,7 @@ import time
 from importlib.metadata import version
 from pathlib import Path
 
-from pdl import distributed
+from pdl import distributed, watch
 from pdl.config import Config
 from pdl.data import load_recipe
 from pdl.distributed import say
@@ -44,6 +45,10 @@ class Progress:
         self.first_step, self.started = first_step, time.time()
 
     def update(self, done: int, values: dict[str, float]) -> None:
+        with contextlib.suppress(OSError):  # a terminal that is gone ends no run
+            self._show(done, values)
+
+    def _show(self, done: int, values: dict[str, float]) -> None:
         self.bar.update(done - self.bar.n)
         if not values or not self.speaks:
             return
@@ -73,6 +78,7 @@ def report(config: Config, prepared: Prepared, directory: Path, started: float, 
     chosen = prepared.scored
     scores, predictions = {}, []
     if chosen:
+        watch.beat("loading the exported model")
         say(f"generating for {len(chosen)} examples of data.{prepared.scored_split}")
         predictions = generate(
             load_exported(directory / "model"),
@@ -81,6 +87,7 @@ def report(config: Config, prepared: Prepared, directory: Path, started: float, 
             config.training.micro_batch_size,
         )
         if config.task is not None:
+            watch.beat("scoring")
             scores = load_recipe(config.task).scores(predictions, chosen)
     if distributed.rank() != 0:
         return

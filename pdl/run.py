@@ -114,16 +114,19 @@ def claim(config: Config, prepared: Prepared, directory: Path) -> tuple[Storage,
     known = Status.read(directory) if first else None
     known = distributed.gathered(known.checkpoint if known else None)[0]
     resume = choose_checkpoint(storage, config, prepared.made_with, known)
-    status = Status(step=resume and resume.last_logged, checkpoint=resume and resume.step, launch=launch_identity())
+    status = Status(
+        step=resume and resume.last_logged, checkpoint=resume and resume.step, launch=launch_identity(),
+        resume=config.training.resume,
+    )  # fmt: skip
 
     def begin() -> None:
         if storage.writes:
             name_owner(descriptor)
         status.write(directory)
         if first:
-            write_beginning(directory, config, prepared.tokenizer, prepared.frequencies)
+            write_beginning(directory, config, prepared.tokenizer, prepared.frequencies, continues=resume is not None)
 
-    distributed.together(begin)
+    distributed.together(begin, "beginning the run")
     return storage, resume, status
 
 
@@ -188,12 +191,18 @@ def train_model(config: Config, prepared: Prepared, storage: Storage, resume: Re
     if resume is not None:
         load_checkpoint(resume, storage, engine, trainer.meter.sums, training.seed)
         trainer.state = TrainerState(**resume.manifest["trainer"])
+        if resume.step >= last_step and resume.checkpoint.parent != checkpointer.directory:
+            raise UserError(
+                f"{resume.checkpoint} is at step {resume.step} already: {last_step} steps leave nothing to train"
+            )
     log = RunLog(directory, resume.last_logged if resume else -1)
     say(opening(config, directory, model, resume and resume.step, last_step))
     bar = Progress(trainer.state.done, last_step)
 
     def save() -> None:
+        began = time.perf_counter()
         log.sync()
+        checkpointer.seconds += time.perf_counter() - began
         checkpointer.save(trainer.state, trainer.meter.sums)
 
     watch.beat("training", training.hang_seconds)
@@ -203,7 +212,8 @@ def train_model(config: Config, prepared: Prepared, storage: Storage, resume: Re
             if values:
                 log.write(done, values)
                 checkpointer.settle(wait=False)
-                status.write(directory, step=done, checkpoint=checkpointer.newest)
+                status.step, status.checkpoint = done, checkpointer.newest
+                distributed.together(lambda: status.write(directory), "writing the status")
             if done and (done % training.save_every == 0 or done == last_step):
                 save()
     except watch.Stopped:
@@ -221,6 +231,7 @@ def train_model(config: Config, prepared: Prepared, storage: Storage, resume: Re
     checkpointer.settle()
     status.checkpoint = checkpointer.newest
     measured = {"peak_memory_bytes": distributed.peak_memory(), "saving_seconds": round(checkpointer.seconds, 3)}
+    watch.beat("exporting the model")
     distributed.together(
         lambda: export_model(directory, engine, prepared.tokenizer, storage.writes), "exporting the model"
     )

@@ -7,6 +7,8 @@ import errno
 import fcntl
 import json
 import os
+import re
+import shutil
 import socket
 import uuid
 from dataclasses import asdict, dataclass
@@ -62,6 +64,17 @@ def sync_directory(directory: Path) -> None:
         os.close(descriptor)
 
 
+def sync_tree(path: Path) -> None:
+    """Bring a file, or a directory with all in it, to the disk."""
+    if path.is_dir():
+        for inside in path.iterdir():
+            sync_tree(inside)
+        sync_directory(path)
+    else:
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+
+
 # --- status ---
 
 
@@ -71,6 +84,7 @@ class Status:
 
     state: running|done|refused|stopped|failed. step: the last one that is logged. checkpoint: the step of the newest one.
     restart: whether starting again as it is could end otherwise. launch: what started the run, see `launch_identity`.
+    resume: the path of `training.resume` that was gone back to already.
     """
 
     state: str = "running"
@@ -80,6 +94,7 @@ class Status:
     reason: str | None = None
     restart: bool = True
     launch: str | None = None
+    resume: str | None = None
 
     def write(self, directory: Path, **changes) -> None:
         for name, value in changes.items():
@@ -89,7 +104,7 @@ class Status:
 
     @classmethod
     def read(cls, directory: Path) -> Status | None:
-        """None where there is none, or a damaged one: nothing depends on it that the checkpoints do not know better."""
+        """None where there is none, or a damaged one."""
         try:
             return cls(**json.loads((directory / "status.json").read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError):
@@ -148,17 +163,19 @@ def find_storage(directory: Path) -> Storage:
     """Make the directory, and find out which ranks share it. A collective; raises UserError where it cannot be written to."""
 
     def probe() -> str:
-        name = f".probe-{uuid.uuid4().hex}"
+        name = f".probe-{os.getpid()}-{uuid.uuid4().hex}"
         with _refused_as_a_setting(directory):
             directory.mkdir(parents=True, exist_ok=True)
             (directory / name).touch()
         return name
 
-    mine = distributed.together(probe)
-    probes = distributed.gathered(mine)
-    seen = [(directory / name).exists() for name in probes]
-    seen_by_all = distributed.gathered(seen)  # nobody removes its own before all have looked
-    (directory / mine).unlink()
+    try:
+        mine = distributed.together(probe)
+        seen = [(directory / name).exists() for name in distributed.gathered(mine)]
+        seen_by_all = distributed.gathered(seen)  # nobody removes its own before all have looked
+    finally:
+        for made in directory.glob(f".probe-{os.getpid()}-*"):
+            made.unlink()
     return Storage(directory, [rank for rank, other in enumerate(seen_by_all) if other == seen])
 
 
@@ -175,22 +192,24 @@ def lock(directory: Path) -> int:
 
     Raises UserError when another process owns it, and says which.
     """
-    descriptor = os.open(directory / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+    with _refused_as_a_setting(directory):
+        descriptor = os.open(directory / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+    _flock(directory, descriptor, fcntl.LOCK_EX)
+    return descriptor
+
+
+def _flock(directory: Path, descriptor: int, kind: int) -> None:
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
     except BlockingIOError:
         owner = os.read(descriptor, 200).decode(errors="replace").strip()
-        os.close(descriptor)
         raise UserError(
             f"{directory} is in use by another run{f' ({owner})' if owner else ''}; wait for it, stop it, or name another training.output_dir"
         ) from None
     except OSError as error:
         if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
             raise
-        say(
-            f"pdl: {directory} is on a file system without locks: a second run on it at the same time would go unnoticed"
-        )
-    return descriptor
+        print(f"pdl: {directory} has no file locks: a second run on it at the same time would go unnoticed", flush=True)
 
 
 def name_owner(descriptor: int) -> None:
@@ -202,15 +221,20 @@ def name_owner(descriptor: int) -> None:
 def check_not_owned(directory: Path) -> None:
     """Raises UserError when some process owns the directory; takes and writes nothing."""
     if (directory / LOCK).exists():
-        os.close(lock(directory))
+        descriptor = os.open(directory / LOCK, os.O_RDONLY)  # also where nothing can be written
+        try:
+            _flock(directory, descriptor, fcntl.LOCK_SH)
+        finally:
+            os.close(descriptor)
 
 
 # --- what is there already ---
 
 
 def is_run(directory: Path) -> bool:
-    """The lock is the first file of a run's directory, and stays."""
-    return (directory / LOCK).exists()
+    """The lock is the first file of a run's directory; a copy may lack it, as a file with a dot."""
+    others = (directory / "status.json").exists() or any(directory.glob("checkpoints/step-*"))
+    return (directory / LOCK).exists() or (others and (directory / "config.yaml").exists())
 
 
 def has_results(directory: Path) -> bool:
@@ -227,21 +251,47 @@ def inspect_directory(config: Config) -> bool:
     if directory.exists() and not directory.is_dir():
         raise UserError(f"training.output_dir={directory} is a file")
     if not is_run(directory):
-        if directory.exists() and any(directory.iterdir()):
+        if directory.exists() and any(not path.name.startswith(".probe-") for path in directory.iterdir()):
             raise UserError(f"training.output_dir={directory} holds files that are not a run's; name another")
         return False
     check_not_owned(directory)
+    named_checkpoint(config)
     if not has_results(directory):
         return False
-    if config.training.resume == "never":
+    status = Status.read(directory)
+    restarted = status is not None and status.launch == launch_identity()
+    if config.training.resume == "never" and not restarted:
         raise UserError(
             f"training.output_dir={directory} holds a run and training.resume=never; name another output_dir, or resume with auto"
         )
     if found := differences(read_config(directory / "config.yaml"), config, _newest_world_size(directory)):
         title = f"training.output_dir={directory} holds a run with another configuration; name another output_dir"
         raise UserError("\n  - ".join([title, *found]))
-    status = Status.read(directory)
     return status is not None and status.state == "done" and (status.step or 0) >= (config.training.max_steps or 0)
+
+
+def named_checkpoint(config: Config) -> Path | None:
+    """The checkpoint of `training.resume=<path>`; None where that means `auto`. For rank 0; raises UserError where there is none.
+
+    One inside the output directory is what a user goes back to, once: the same command then goes on from the newest. One
+    outside is what a run begins with: once it has checkpoints of its own, those count.
+    """
+    resume, directory = config.training.resume, Path(config.training.output_dir)
+    if resume in ("auto", "never"):
+        return None
+    status = Status.read(directory)
+    if config.resumes_inside:
+        carried_out = status is not None and status.resume == resume
+    else:
+        carried_out = any(directory.glob("checkpoints/step-*"))
+    if carried_out:
+        return None
+    named = Path(resume).resolve()
+    if not ((named / "manifest.json").is_file() and re.fullmatch(r"step-\d{8}", named.name)):
+        raise UserError(
+            f"training.resume={resume} is neither auto, never, nor the directory of a checkpoint (step-00000100)"
+        )
+    return named
 
 
 def read_config(path: Path) -> dict:
@@ -286,19 +336,24 @@ def differences(stored: dict, config: Config, world_size: int | None) -> list[st
     ]
 
 
-def write_beginning(directory: Path, config: Config, tokenizer, frequencies: TokenFrequencies) -> None:
+def write_beginning(directory: Path, config: Config, tokenizer, frequencies: TokenFrequencies, continues: bool) -> None:
     """What a run's directory holds from the start: configuration, tokenizer, frequencies. For rank 0.
 
     One that is continued keeps its own; a damaged frequency file is set aside and written again, from the same counts.
     """
     with _refused_as_a_setting(directory):
+        for stale in directory.glob(".probe-*"):  # of a process that was killed
+            stale.unlink(missing_ok=True)
         write_whole(directory / "config.yaml", yaml.safe_dump(config.to_dict(), sort_keys=False))
-        if not (directory / "tokenizer").exists():
+        if not (continues and (directory / "tokenizer").exists()):
             partial = directory / ".tokenizer.partial"
+            shutil.rmtree(partial, ignore_errors=True)
             tokenizer.save_pretrained(partial)
+            sync_tree(partial)
+            shutil.rmtree(directory / "tokenizer", ignore_errors=True)
             partial.rename(directory / "tokenizer")
         path = directory / "frequencies.safetensors"
-        if path.exists():
+        if continues and path.exists():
             with contextlib.suppress(ValueError):
                 if TokenFrequencies.load(path).counts.equal(frequencies.counts):
                     return
@@ -307,4 +362,6 @@ def write_beginning(directory: Path, config: Config, tokenizer, frequencies: Tok
             say(f"pdl: {path} is damaged; kept as {aside.name} and written again from the counts of the data")
         partial = directory / ".frequencies.partial"
         frequencies.save(partial)
+        sync_tree(partial)
         partial.rename(path)
+        sync_directory(directory)

@@ -176,7 +176,9 @@ class Trainer:
         self.engine.step()
         if norm is None:
             norm = float(self.engine.get_global_grad_norm())
-            if self.engine.skipped_steps > skipped or not math.isfinite(norm):
+            if self.engine.skipped_steps > skipped:
+                norm = math.inf
+            if not math.isfinite(norm):
                 self._tolerate(step, "gradient")
         if not math.isfinite(norm):
             return False

@@ -31,7 +31,7 @@ class Stopped(Exception):
 
 class _Watch:
     def __init__(self):
-        self.begun = False
+        self.begun = self.ending = False
         self.asked: signal.Signals | None = None
         self.asked_at = 0.0
         self.hang_seconds: float | None = None
@@ -67,16 +67,17 @@ def beat(doing: str, hang_seconds: float | None = None) -> None:
     hang_seconds: from now on a rank without a beat for so long writes the stacks of its threads to stderr and ends with
     code 1; 0 ends the watching.
     """
-    if hang_seconds is not None:
-        _watch.hang_seconds = hang_seconds or None
     now = time.monotonic()
+    _watch.doing = doing
+    if hang_seconds is not None:
+        _watch.beaten_at = now  # before the thread of `_listen` sees that it is to look
+        _watch.hang_seconds = hang_seconds or None
     if _watch.hang_seconds is None:
         faulthandler.cancel_dump_traceback_later()
     elif hang_seconds is not None or now - _watch.beaten_at > min(1.0, _watch.hang_seconds / 10):
-        # The thread of `_listen` is first, with a name to the dump; this one needs no interpreter, should that be stuck too.
-        faulthandler.dump_traceback_later(_watch.hang_seconds + _DUMP_SECONDS, exit=True)
+        # That thread is first, with a name to the dump; this one needs no interpreter, should that be stuck too.
+        faulthandler.dump_traceback_later(_watch.hang_seconds + 2 * _DUMP_SECONDS, exit=True)
         _watch.beaten_at = now
-    _watch.doing = doing
 
 
 def asked() -> bool:
@@ -86,8 +87,7 @@ def asked() -> bool:
 
 def end() -> None:
     """The process is about to end, in agreement with the others: a launcher's signal changes nothing any more."""
-    if _watch.asked is None:
-        _watch.asked, _watch.asked_at = signal.SIGTERM, time.monotonic()
+    _watch.begun = _watch.ending = True
     beat("ending")
 
 
@@ -113,7 +113,8 @@ def _listen(reading: int) -> None:
             left = _watch.beaten_at + _watch.hang_seconds - time.monotonic()
             if left <= 0:
                 _dump()
-                return  # the C thread of faulthandler ends the process
+                time.sleep(_DUMP_SECONDS)
+                os._exit(1)
         ready, _, _ = select.select([reading], [], [], min(1.0, left) if left is not None else 1.0)
         for number in os.read(reading, 64) if ready else b"":
             if number in _SIGNALS:
@@ -128,7 +129,8 @@ def _receive(number: signal.Signals) -> None:
         os._exit(EXIT_STOPPED)
     if _watch.asked is None:
         _watch.asked, _watch.asked_at = number, now
-        _write(f"pdl: {name}: {number.name}: stopping at the next step; once more in 10 s or later ends it at once")
+        if not _watch.ending:
+            _write(f"pdl: {name}: {number.name}: stopping at the next step; once more in 10 s or later ends it at once")
     elif now - _watch.asked_at >= _REPEAT_SECONDS:
         _write(f"pdl: {name}: {number.name} again: ending at once, without saving")
         os._exit(128 + number)

@@ -10,16 +10,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import REPOSITORY, environment, torchrun
+from conftest import REPOSITORY, environment
+from distributed import models
+from distributed.forked import Group, Rank
 from test_reshard import Attack, case, engine_of, train
 
 from pdl.commands import export as export_command
 from pdl.config import UserError
 from pdl.export import export_checkpoint
-
-sys.path.insert(0, str(Path(__file__).parent / "distributed"))
-
-import models
 
 # Tied, tied in part, with a buffer (BART's bias of the logits), with rotary frequencies that stay in float32.
 FAST = [
@@ -48,7 +46,7 @@ def tokenizer():
 
 
 def run(wanted: dict, directory: Path) -> None:
-    """Under torchrun: train a little, save a checkpoint, export."""
+    """Train a little, save a checkpoint, export."""
     from pdl import distributed
     from pdl.export import export_model
     from pdl.loss_head import LossHead
@@ -67,11 +65,20 @@ def run(wanted: dict, directory: Path) -> None:
     engine.destroy()
 
 
+def run_all(told: list) -> None:
+    from pdl import distributed
+
+    directory = Path(told[0])
+    distributed.start()
+    for wanted in json.loads((directory / "cases.json").read_text()):
+        run(wanted, directory)
+    distributed.stop()
+
+
 def _trained(cases: list[dict], ranks: int, directory: Path) -> Path:
     (directory / "cases.json").write_text(json.dumps(cases))
-    paths = os.pathsep.join([os.curdir, str(Path(__file__).parent / "distributed")])
-    ended = torchrun(ranks, __file__, directory, timeout=1800, PYTHONPATH=paths)
-    assert ended.returncode == 0, ended.stdout[-2000:] + ended.stderr[-6000:]
+    ended = Group([Rank([str(directory)])] * ranks, run_all)
+    assert ended.wait(1800) == [0] * ranks, ended.said
     return directory
 
 
@@ -207,12 +214,3 @@ def test_a_damaged_checkpoint_is_refused(finished, tmp_path, capsys):
     assert export(run / "nothing") == (2, f"pdl: {run / 'nothing'} is not a directory\n")
     assert not (tmp_path / "exported").exists()
     assert export(run) == (0, f"{older} exported to {tmp_path / 'exported'}\n")
-
-
-if __name__ == "__main__":
-    from pdl import distributed
-
-    distributed.start()
-    for wanted in json.loads((Path(sys.argv[1]) / "cases.json").read_text()):
-        run(wanted, Path(sys.argv[1]))
-    distributed.stop()

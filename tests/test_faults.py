@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 from conftest import REPOSITORY, environment
 from faults.runs import LOGGED, STEPS, alive, logged, names, status, train
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from pdl.checkpoint import checkpoints, read_manifest, verify
 
@@ -62,18 +63,22 @@ def lost(directory: Path, reference: list[dict]) -> tuple[int, int]:
 
 
 def finish(directory: Path, reference: list[dict], *overrides: str, **more) -> str:
-    """Runs on to the end; the logs must be those of the undisturbed run. Returns what was printed."""
+    """Runs on to the end; the logs must be those of the undisturbed run, TensorBoard's too. Returns what was printed."""
     run = train(directory, *overrides, **more)
     assert run.exit_codes() == [0, 0], run.output()
     assert lost(directory, reference) == (0, 0)
     assert logged(directory) == reference and status(directory)["state"] == "done"
+    events = EventAccumulator(str(directory / "tensorboard")).Reload()
+    for tag in ("train/loss", "validation/loss"):
+        shown = [(event.step, event.value) for event in events.Scalars(tag)]
+        assert shown == [(line["step"], pytest.approx(line[tag])) for line in reference if tag in line]
     assert all(not verify(checkpoint) for checkpoint in checkpoints(directory))
     assert [name for name in names(directory) if name.startswith(("partial", "deleting"))] == []
     return run.output()
 
 
 def steps_again(directory: Path, reached: int) -> int:
-    """How many steps are trained once more from the newest whole checkpoint, of those that were done."""
+    """How many of the steps that were done are trained once more, from the newest whole checkpoint."""
     there = [int(path.name[5:]) for path in checkpoints(directory) if not verify(path)]
     return reached - max(there, default=0)
 
@@ -121,15 +126,16 @@ def test_sigkill_of_each_rank_at_random_steps(undisturbed, tmp_path, faults, sta
 )  # fmt: skip
 def test_killed_while_a_checkpoint_is_written(undisturbed, tmp_path, faults, where):
     """By the kernel, at a chosen byte of a file; and when only the name is missing."""
-    directory, reference = tmp_path / "run", undisturbed(STAGES[2])
+    directory, reference, again = tmp_path / "run", undisturbed(STAGES[2]), 0
     for fault in where:
         run = train(directory, STAGES[2], faults=fault)
         (rank,) = fault
         assert run.exit_codes()[rank] in (-signal.SIGKILL, -signal.SIGXFSZ), run.output()
         assert any(name.startswith("partial-") for name in names(directory))
         assert all(not verify(checkpoint) for checkpoint in checkpoints(directory))
+        again += steps_again(directory, max(line["step"] for line in logged(directory)))
     finish(directory, reference, STAGES[2])
-    faults("killed in a save", f"{len(where)} byte offsets", "survived", 2 * len(where), *lost(directory, reference))
+    faults("killed in a save", f"{len(where)} byte offsets", "survived", again, *lost(directory, reference))
 
 
 # --- a damaged disk ---
@@ -182,6 +188,7 @@ def test_a_damaged_newest_checkpoint_is_set_aside_and_the_one_before_used(undist
     truncate(copied / "status.json")
     with (copied / "metrics.jsonl").open("a") as log:
         log.write('{"step": 9, "train/lo')  # cut off in the middle of a write
+    again = steps_again(copied, 8)
     printed = finish(copied, reference)
     assert "checkpoint step-00000008 is not whole and was set aside: engine/zero_pp_rank_0" in printed
     assert "frequencies.safetensors is damaged" in printed
@@ -189,7 +196,7 @@ def test_a_damaged_newest_checkpoint_is_set_aside_and_the_one_before_used(undist
     assert (
         list(copied.glob("frequencies.damaged-*")) and "train/lo" in (copied / "metrics.discarded-6.jsonl").read_text()
     )
-    faults("flipped bit in the newest checkpoint", "and three other files", "survived", 2, *lost(copied, reference))
+    faults("flipped bit in the newest checkpoint", "and three other files", "survived", again, *lost(copied, reference))
 
 
 @pytest.mark.faults
@@ -203,9 +210,44 @@ def test_each_damage_is_survived(undisturbed, copied, faults, what, how):
         shutil.rmtree(newest)
         if how == "directory empty":
             newest.mkdir()
+    again = steps_again(copied, 8)
     printed = finish(copied, reference)
     assert ("checkpoint 8 was written and is missing" if how == "directory missing" else "set aside") in printed
-    faults(f"newest checkpoint: {how}", what, "survived", 2, *lost(copied, reference))
+    faults(f"newest checkpoint: {how}", what, "survived", again, *lost(copied, reference))
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("how", DAMAGE)
+@pytest.mark.parametrize("what", ["frequencies.safetensors", "status.json"])
+def test_damage_beside_the_checkpoints(undisturbed, copied, faults, what, how):
+    DAMAGE[how](copied / what)
+    finish(copied, undisturbed())
+    faults(f"{what} {how}", "", "survived", 0, *lost(copied, undisturbed()))
+
+
+@pytest.mark.faults
+def test_a_clock_that_goes_backwards(undisturbed, copied, faults):
+    """What was written before is from the future then: its times, and the names of TensorBoard's files."""
+    future = time.time() + 10**6
+    for path in copied.rglob("*"):
+        os.utime(path, (future, future))
+    for path in (copied / "tensorboard").iterdir():
+        path.rename(path.with_name(path.name.replace("tfevents.1", "tfevents.9")))
+    finish(copied, undisturbed())
+    faults("clock going backwards", "by 11 days", "survived", 0, *lost(copied, undisturbed()))
+
+
+@pytest.mark.faults
+def test_other_data_under_the_same_name_is_refused(tmp_path, faults):
+    data, directory = tmp_path / "train.jsonl", tmp_path / "run"
+    records = (REPOSITORY / "recipes/summarization/sample/train.jsonl").read_text().splitlines(keepends=True)
+    data.write_text("".join(records))
+    run = train(directory, f"data.train={data}", faults={0: {"signal": {"step": 3, "number": signal.SIGTERM}}})
+    assert run.exit_codes() == [75, 75]
+    data.write_text("".join(records[:-1]))
+    run = train(directory, f"data.train={data}")
+    assert run.exit_codes() == [2, 2] and "train_rows" in run.output()
+    faults("resumed with another data file", "", "refused", "", "", "")
 
 
 @pytest.mark.parametrize("how", ["damaged", "missing"])
@@ -219,7 +261,7 @@ def test_a_run_without_a_whole_checkpoint_never_starts_over(copied, faults, how)
     assert (copied / "metrics.jsonl").read_bytes() == before and len(checkpoints(copied)) == (
         2 if how == "damaged" else 0
     )
-    faults(f"all checkpoints {how}", "", "refused", 0, 0, 0)
+    faults(f"all checkpoints {how}", "", "refused", "", "", "")
 
 
 # --- a full or read-only disk ---
@@ -233,8 +275,9 @@ def test_a_disk_that_fills_up_during_a_save(undisturbed, tmp_path, faults):
     ended = status(directory)
     assert (ended["state"], ended["exit_code"], ended["checkpoint"], ended["restart"]) == ("failed", 1, 2, False)
     assert names(directory) == ["step-00000002"]  # what was half written is gone: its room is needed
+    again = steps_again(directory, 4)
     finish(directory, reference, STAGES[2])
-    faults("disk full in a save", "at byte 50,000 on rank 1", "survived", 2, *lost(directory, reference))
+    faults("disk full in a save", "at byte 50,000 on rank 1", "survived", again, *lost(directory, reference))
 
 
 @pytest.fixture
@@ -254,7 +297,7 @@ def test_too_little_room_is_refused_before_training(small_disk, faults):
     subprocess.run(["mount", "-o", "remount,size=4m", small_disk], check=True)
     run = train(small_disk / "run")
     assert run.exit_codes() == [2, 2] and "GB free and checkpoints need up to" in run.output()
-    faults("little room", "4 MB", "refused", 0, 0, 0)
+    faults("little room", "4 MB", "refused", "", "", "")
 
 
 @pytest.mark.faults
@@ -285,17 +328,19 @@ def test_a_full_disk(undisturbed, small_disk, faults, while_):
     assert "No space left on device" in run.output() or "are free in" in run.output()
     filler.unlink()
     assert "Traceback" not in run.output()
+    again = steps_again(directory, status(directory)["step"])
     finish(directory, reference, "training.save_every=4")
-    faults("disk full", f"while {while_}", "survived", 3, *lost(directory, reference))
+    faults("disk full", f"while {while_}", "survived", again, *lost(directory, reference))
 
 
 @pytest.mark.faults
-def test_a_read_only_output_directory(small_disk, faults):
-    (small_disk / "run").mkdir()
+@pytest.mark.parametrize("holds", ["nothing", "a stopped run"])
+def test_a_read_only_output_directory(small_disk, interrupted, faults, holds):
+    (small_disk / "run").mkdir() if holds == "nothing" else shutil.copytree(interrupted, small_disk / "run")
     subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
     run = train(small_disk / "run")
     assert run.exit_codes() == [2, 2] and "cannot be written to: Read-only file system" in run.output()
-    faults("read-only directory", "", "refused", 0, 0, 0)
+    faults("read-only directory", f"holding {holds}", "refused", "", "", "")
 
 
 # --- signals ---
@@ -342,7 +387,7 @@ def test_a_signal_repeated_at_once_counts_once_and_later_ends_the_process(tmp_pa
     os.kill(run.ranks[1], signal.SIGTERM)
     assert run.exit_codes(30)[1] == 128 + signal.SIGTERM if wait_killed(run) else False
     assert "SIGTERM again: ending at once" in run.output()
-    faults("signal again after 10 s", "in a hung collective", "ended at once", 0, 0, 0)
+    faults("signal again after 10 s", "in a hung collective", "ended at once", "", "", "")
 
 
 def wait_killed(run) -> bool:
@@ -376,7 +421,7 @@ def test_a_rank_that_hangs_ends_all_with_their_stacks(tmp_path, faults):
         log = run.group.said[rank]
         assert f"rank {rank} (process {run.ranks[rank]}): no progress for 4 s while" in log
         assert "faults.py" in log if rank == 1 else "train_step" in log  # where it stands
-    faults("a rank hangs", "at step 4", f"ended after {time.monotonic() - began:.0f} s with stacks", 0, 0, 0)
+    faults("a rank hangs", "at step 4", f"ended after {time.monotonic() - began:.0f} s with stacks", "", "", "")
 
 
 def test_a_second_run_on_the_directory_is_refused(tmp_path, faults):
@@ -386,7 +431,7 @@ def test_a_second_run_on_the_directory_is_refused(tmp_path, faults):
     second = train(directory)
     assert second.exit_codes() == [2, 2] and f"is in use by another run (process {run.ranks[0]} on " in second.output()
     assert run.exit_codes() == [0, 0]
-    faults("two runs on one directory", "", "refused", 0, 0, 0)
+    faults("two runs on one directory", "", "refused", "", "", "")
 
 
 @pytest.mark.faults
@@ -417,7 +462,7 @@ distributed.stop()
         timeout=400,
     )
     assert built.returncode == 0 and "'.so'" in built.stdout, built.stdout + built.stderr
-    faults("stale lock of DeepSpeed's compiler", "", "survived", 0, 0, 0)
+    faults("stale lock of DeepSpeed's compiler", "", "survived", "", "", "")
 
 
 # --- what is not finite ---
@@ -459,7 +504,7 @@ def test_isolated_steps_that_are_not_finite_are_left_out(tmp_path, faults, stage
         assert before == after != later
         assert "train/loss" not in lines[step + 1] and "train/loss" in lines[step + 2]
     assert all(not verify(checkpoint) for checkpoint in checkpoints(directory))
-    faults(f"nan loss, inf gradient, ZeRO-{stage} {precision}", "on one rank", "2 left out, then refused", 0, 0, 0)
+    faults(f"nan loss, inf gradient, ZeRO-{stage} {precision}", "on one rank", "2 left out, then refused", "", "", "")
 
 
 @pytest.mark.faults
@@ -472,8 +517,11 @@ def test_what_is_not_finite_stops_all_ranks_before_anything_is_saved(undisturbed
     ended = status(directory)
     assert "step 5: the" in ended["reason"] and "is not finite" in ended["reason"] and not ended["restart"]
     assert names(directory) == ["step-00000002", "step-00000004"]
+    again = steps_again(directory, 5)
     finish(directory, reference, STAGES[stage])  # the fault was the machine's, not the data's
-    faults(f"nan in {where}, ZeRO-{stage}", "rank 1, step 5", "refused, then survived", 1, *lost(directory, reference))
+    faults(
+        f"nan in {where}, ZeRO-{stage}", "rank 1, step 5", "refused, then survived", again, *lost(directory, reference)
+    )
 
 
 @pytest.mark.faults
@@ -481,7 +529,7 @@ def test_two_steps_in_a_row_are_not_isolated(tmp_path, faults):
     fault = {"not_finite": {"steps": [4, 5], "where": "loss"}}
     run = train(tmp_path / "run", "training.skip_nonfinite=5", faults={1: fault})
     assert run.exit_codes() == [1, 1] and "step 5: the loss is not finite; 1 before it" in run.output()
-    faults("nan twice in a row", "skip_nonfinite=5", "refused", 0, 0, 0)
+    faults("nan twice in a row", "skip_nonfinite=5", "refused", "", "", "")
 
 
 # --- resumed with something else ---
@@ -502,7 +550,7 @@ def test_another_run_is_refused_with_every_difference(copied, faults):
     assert run.exit_codes() == [2, 2] and "the linear schedule ends at step 12" in run.output()
     assert {path: path.stat().st_mtime_ns for path in copied.rglob("*")} == before
     for what in ("seed", "alpha", "stage", "max_steps beyond the schedule"):
-        faults(f"resumed with another {what}", "", "refused", 0, 0, 0)
+        faults(f"resumed with another {what}", "", "refused", "", "", "")
 
 
 @pytest.mark.faults
@@ -516,10 +564,11 @@ def test_another_number_of_ranks_goes_on_with_the_same_batches(tmp_path, faults,
     assert stopped.exit_codes() == [75, 75]
     run = train(directory, *own, ranks=ranks)
     assert run.exit_codes() == [0] * ranks, run.output()
+    assert (f"resharding step-00000007 from 2 ranks to {ranks}" in run.output()) == (stage > 0)
     for mine, reference in zip(logged(directory), logged(whole), strict=True):
         assert mine == pytest.approx(reference, rel=1e-4)
     assert read_manifest(checkpoints(directory)[-1])["world_size"] == ranks
-    faults(f"2 ranks, then {ranks}", f"ZeRO-{stage}", "survived, to rounding", 0, 0, 0)
+    faults(f"2 ranks, then {ranks}", f"ZeRO-{stage}", "survived, to rounding", "", "", "")
 
 
 def test_going_back_to_a_named_checkpoint(undisturbed, copied, tmp_path):
@@ -552,9 +601,10 @@ def test_nodes_without_a_shared_file_system(undisturbed, tmp_path, faults):
         assert verify(node / "run/checkpoints/step-00000006") == []
         assert manifest["ranks"] == [nodes.index(node)]
     flip(nodes[1] / "run/checkpoints/step-00000006/engine/zero_pp_rank_1_mp_rank_00_optim_states.pt")
+    again = steps_again(nodes[1] / "run", 7)
     run = train("run", STAGES[2], **apart)
     assert run.exit_codes() == [0, 0], run.output()
     assert "continuing at step 4" in run.output() and logged(nodes[0] / "run") == reference
     assert all("damaged-step-00000006" in names(node / "run") for node in nodes)
     assert all((node / "run/model/model.safetensors").exists() for node in nodes)
-    faults("damage on one of two nodes", "no shared file system", "survived", 3, *lost(nodes[0] / "run", reference))
+    faults("damage on one of two nodes", "no shared file system", "survived", again, *lost(nodes[0] / "run", reference))

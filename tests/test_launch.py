@@ -1,10 +1,15 @@
-"""The launch scripts, run for real on one node, and the exit codes that they give back."""
+"""The launch scripts, run for real on one node: exit codes, signals, ranks and launchers that are killed."""
 
+import fcntl
 import json
 import os
 import signal
 import subprocess
+import termios
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 from conftest import REPOSITORY, environment
@@ -16,6 +21,17 @@ SCRIPTS = ["torchrun.sh", "deepspeed.sh"]
 SAMPLE = "configs/summarization/sample.yaml"
 TINY = ["training.max_steps=2", "training.micro_batch_size=4", "evaluation.examples=2"]
 
+# Runs that are long enough to be stopped, and log every step.
+SEEN = [f"training.{name}" for name in ("schedule=constant", "log_every=1", "evaluate_every=5000", "save_every=5000")]
+ENDLESS = [*SEEN, "training.max_steps=5000"]
+PHASES = {
+    "training": ENDLESS,
+    # Nearly all of the time goes into evaluating, or a good part of it into saving.
+    "evaluation": [*ENDLESS, "training.evaluate_every=1", "training.global_batch_size=2", "training.micro_batch_size=1",
+                   "data.validation=recipes/summarization/sample/train.jsonl"],
+    "save": [*ENDLESS, "training.save_every=1"],
+}  # fmt: skip
+
 
 def launch(script: str, *arguments: str, **more: str) -> subprocess.CompletedProcess:
     command = [f"launch/{script}", *arguments]
@@ -24,15 +40,151 @@ def launch(script: str, *arguments: str, **more: str) -> subprocess.CompletedPro
     )
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_a_whole_run_on_two_ranks(script, tmp_path):
-    run = tmp_path / """it's a "run", $HOME"""
-    ended = launch(script, SAMPLE, *TINY, f"training.output_dir={run}")
-    assert ended.returncode == 0, ended.stdout + ended.stderr
-    assert "2 x 4 examples x 2 micro-batches = 16 per step" in ended.stdout
-    status = json.loads((run / "status.json").read_text())
-    assert (status["state"], status["exit_code"], status["step"]) == ("done", 0, 2)
-    assert (run / "model" / "model.safetensors").stat().st_size > 1_000_000
+@dataclass
+class Launched:
+    """A launch that goes on. All its processes have the path of the run's directory in their command lines."""
+
+    started: subprocess.Popen
+    run: Path
+    output: Path
+
+    def processes(self) -> dict[int, str]:
+        """Command lines by process id: make, the script, launchers, ranks."""
+        found = {}
+        for entry in Path("/proc").glob("[0-9]*"):
+            line = read(entry / "cmdline").replace("\0", " ")
+            if str(self.run) in line:
+                found[int(entry.name)] = line
+        return found
+
+    def ranks(self) -> list[int]:
+        """Process ids, in the order of ranks."""
+        settings = {pid: read(Path(f"/proc/{pid}/environ")).split("\0") for pid in self.processes()}
+        return sorted(
+            (pid for pid in settings if any(setting.startswith("RANK=") for setting in settings[pid])),
+            key=lambda pid: int(next(s for s in settings[pid] if s.startswith("RANK=")).removeprefix("RANK=")),
+        )
+
+    def steps(self) -> list[int]:
+        """The logged ones."""
+        return [json.loads(line)["step"] for line in read(self.run / "metrics.jsonl").split("\n")[:-1]]
+
+    def status(self) -> dict:
+        return json.loads((self.run / "status.json").read_text())
+
+    def until(self, reached: Callable[[], object]) -> None:
+        deadline = time.monotonic() + 240
+        while not reached():
+            assert self.started.poll() is None, self.output.read_text()
+            assert time.monotonic() < deadline, self.output.read_text()
+            time.sleep(0.01)
+
+    def until_in(self, phase: str) -> None:
+        """Until the run is in the middle of a phase, some steps after its start."""
+        first = len(self.steps())
+        self.until(lambda: len(self.steps()) >= first + 2)
+        if phase == "save":
+            self.until(lambda: list(self.run.glob("checkpoints/partial-*")))
+        if phase == "evaluation":
+            began = time.monotonic()
+            first = len(self.steps())
+            self.until(lambda: len(self.steps()) > first)
+            halfway = time.monotonic() + (time.monotonic() - began) / 2
+            self.until(lambda: time.monotonic() > halfway)
+
+    def ends(self) -> int:
+        """The exit code; no process is left behind."""
+        code = self.started.wait(timeout=240)
+        assert self.processes() == {}, self.output.read_text()
+        return code
+
+    def ends_stopped(self) -> dict:
+        """As a run that was stopped does: saved, with every log line once. Returns the manifest of its checkpoint."""
+        assert self.ends() == 75, self.output.read_text()
+        status = self.status()
+        assert (status["state"], status["exit_code"]) == ("stopped", 75)
+        manifest = json.loads((self.run / f"checkpoints/step-{status['checkpoint']:08d}" / "manifest.json").read_text())
+        last = status["checkpoint"] - manifest["trainer"]["owed"]
+        assert self.steps() == list(range(last + 1))
+        return manifest
+
+
+def read(path: Path) -> str:
+    """Empty where there is no such file, or no such process any more."""
+    try:
+        return path.read_text(errors="replace")
+    except OSError:
+        return ""
+
+
+@pytest.fixture
+def start(tmp_path):
+    """Start a command on a run in a directory of this test. Whatever is left of it at the end of the test is killed."""
+    all_launched = []
+
+    def start_it(*command: str, run: str = "run", terminal: int | None = None, **more: str) -> Launched:
+        def child() -> None:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # also where the tests run in the background
+            if terminal is not None:
+                fcntl.ioctl(terminal, termios.TIOCSCTTY, 0)
+
+        launched = Launched(None, tmp_path / run, tmp_path / "output")
+        with launched.output.open("a") as file:
+            launched.started = subprocess.Popen(
+                [part.replace("RUN", str(launched.run)) for part in command], cwd=REPOSITORY, start_new_session=True,
+                env=environment(**{"NPROC": "2"} | more), stdin=terminal, stdout=file, stderr=file, preexec_fn=child,
+            )  # fmt: skip
+        all_launched.append(launched)
+        return launched
+
+    yield start_it
+    for launched in all_launched:
+        for pid in launched.processes():
+            os.kill(pid, signal.SIGKILL)
+        launched.started.wait()
+
+
+def command(script: str, settings: list[str]) -> list[str]:
+    return [f"launch/{script}", SAMPLE, *TINY, *settings, "training.output_dir=RUN"]
+
+
+# --- whole runs ---
+
+
+ODD_NAME = """it's a "run", $HOME"""
+
+
+def check_finished(launched: Launched, steps: int) -> None:
+    assert launched.ends() == 0, launched.output.read_text()
+    assert "2 x 4 examples x 2 micro-batches = 16 per step" in launched.output.read_text()
+    status = launched.status()
+    assert (status["state"], status["exit_code"], status["step"]) == ("done", 0, steps)
+    assert launched.steps() == list(range(steps + 1))
+    assert (launched.run / "model" / "model.safetensors").stat().st_size > 1_000_000
+
+
+def test_torchrun_stops_on_a_signal_goes_on_and_brings_back_a_killed_rank(start):
+    this = command("torchrun.sh", [*SEEN, "training.max_steps=40"])
+    stopped = start(*this, run=ODD_NAME)
+    stopped.until(stopped.steps)
+    stopped.started.send_signal(signal.SIGUSR1)
+    step = stopped.ends_stopped()["step"]
+
+    goes_on = start(*this, run=ODD_NAME, MAX_RESTARTS="1")
+    first = len(goes_on.steps())
+    goes_on.until(lambda: len(goes_on.steps()) > first + 1)
+    os.kill(goes_on.ranks()[1], signal.SIGKILL)
+    check_finished(goes_on, 40)
+    assert goes_on.output.read_text().count(f"continuing at step {step} of 40") == 2  # after the kill again
+
+
+def test_deepspeed_stops_on_a_signal_and_goes_on(start):
+    this = command("deepspeed.sh", [*SEEN, "training.max_steps=40"])
+    stopped = start(*this, run=ODD_NAME)
+    stopped.until(stopped.steps)
+    stopped.started.send_signal(signal.SIGTERM)
+    stopped.ends_stopped()
+    check_finished(start(*this, run=ODD_NAME), 40)
 
 
 @pytest.mark.parametrize(
@@ -50,16 +202,19 @@ def test_a_refused_configuration_ends_with_2(script, override, message, tmp_path
     assert not (tmp_path / "run").exists()
 
 
-def test_torchrun_keeps_the_code_of_a_run_refused_after_its_check(tmp_path):
+def test_torchrun_keeps_the_code_of_a_run_refused_after_its_check_and_does_not_repeat_it(tmp_path):
     # A model without its weights: only the run loads them; torchrun itself would end with 1.
     run, pretrained = tmp_path / "run", tmp_path / "pretrained"
     train_tokenizer(["a few words to learn from"] * 50, 300, pretrained)
     T5Config(d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2, vocab_size=300).save_pretrained(pretrained)
     only_config = f"model={{name_or_path: {pretrained}}}"
-    ended = launch("torchrun.sh", SAMPLE, *TINY, f"training.output_dir={run}", only_config, "tokenizer=null")
+    ended = launch(
+        "torchrun.sh", SAMPLE, *TINY, f"training.output_dir={run}", only_config, "tokenizer=null", MAX_RESTARTS="1"
+    )
     assert "could not be loaded" in ended.stderr
     assert json.loads((run / "status.json").read_text())["state"] == "refused"
     assert ended.returncode == 2, ended.stdout + ended.stderr
+    assert ended.stderr.count("pdl: not started again: ") == 1
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -75,6 +230,8 @@ def test_help(script):
     [
         ({"NPROC": "two"}, "NPROC=two must be a number of ranks"),
         ({"NPROC": "0"}, "NPROC=0 must be a number of ranks"),
+        ({"STOP_SECONDS": "10 minutes"}, "STOP_SECONDS=10 minutes must be a number of seconds"),
+        ({"MAX_RESTARTS": "-1"}, "MAX_RESTARTS=-1 must be a number of restarts"),
         ({"NNODES": "2"}, "NNODES=2 needs RDZV_ENDPOINT"),
     ],
 )
@@ -82,6 +239,15 @@ def test_an_environment_that_cannot_be_honoured(settings, message):
     ended = launch("torchrun.sh", SAMPLE, **settings)
     assert ended.returncode == 2
     assert message in ended.stderr
+
+
+def test_a_signal_during_the_check_ends_it(start):
+    launched = start(*command("torchrun.sh", []))
+    launched.until(lambda: any("--check" in line for line in launched.processes().values()))
+    launched.started.send_signal(signal.SIGTERM)
+    assert launched.ends() == 75
+    assert not launched.run.exists()
+    assert "stopped by a signal; the same command goes on" in launched.output.read_text()
 
 
 # --- run_launcher: any command that starts processes is a launcher to it ---
@@ -97,12 +263,18 @@ def shell(run_directory, command: str) -> list[str]:
     [
         (None, "exit 0", 0),
         (None, "exit 3", 3),
-        (None, """echo '{"exit_code": 75}' > "$STATUS"; exit 1""", 75),
-        (None, """echo '{"exit_code": null}' > "$STATUS"; exit 0""", 1),  # a rank was killed and the launcher hid it
-        (None, """echo '{"exit_code": null}' > "$STATUS"; exit 4""", 4),
-        ('{"exit_code": 0}', "exit 5", 5),  # left by an earlier run
+        (None, """echo '{"launch": "'$PDL_LAUNCH'", "exit_code": 75}' > "$STATUS"; exit 1""", 75),
+        # A rank was killed, and the launcher hid it or not.
+        (None, """echo '{"launch": "'$PDL_LAUNCH'", "exit_code": null}' > "$STATUS"; exit 0""", 1),
+        (None, """echo '{"launch": "'$PDL_LAUNCH'", "exit_code": null}' > "$STATUS"; exit 4""", 4),
+        # Left by an earlier launch, as it was or with another time.
+        ('{"launch": "earlier", "exit_code": 0}', "exit 5", 5),
+        ('{"launch": "earlier", "exit_code": 75}', 'touch "$STATUS"; exit 5', 5),
+        ("damaged", "exit 5", 5),
+        # The clock was set back.
+        ("{}", """echo '{"launch": "'$PDL_LAUNCH'", "exit_code": 2}' > "$STATUS"; touch -d 2001-01-01 "$STATUS"; exit 1""", 2),
     ],
-)
+)  # fmt: skip
 def test_the_exit_code_is_the_one_the_run_wrote(written_before, command, code, tmp_path):
     run = tmp_path / "a run"
     run.mkdir()
@@ -113,17 +285,135 @@ def test_the_exit_code_is_the_one_the_run_wrote(written_before, command, code, t
     assert ended.returncode == code
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
-def test_a_signal_ends_all_that_the_launcher_started(number, tmp_path):
-    command = 'sleep 300 & echo $! > "$PIDS.partial"; sleep 300 & echo $! >> "$PIDS.partial"; mv "$PIDS.partial" "$PIDS"; wait'
-    pids = tmp_path / "pids"
-    script = subprocess.Popen(shell(tmp_path, command), cwd=REPOSITORY, env=environment(PIDS=str(pids)))
-    deadline = time.monotonic() + 30
-    while not pids.exists():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+def gone(pid: int) -> bool:
+    return read(Path(f"/proc/{pid}/cmdline")) == ""  # of a process that has ended, and that nobody has waited for, too
+
+
+@pytest.fixture
+def starting(tmp_path):
+    """Start a launcher that writes the ids of its processes to the file $PIDS; returns the script, and these."""
+
+    def start_it(command: str, **more: str) -> tuple[subprocess.Popen, list[int]]:
+        pids = tmp_path / "pids"
+        script = subprocess.Popen(
+            shell(tmp_path, f"{{ {command}; }} > $PIDS.partial; mv $PIDS.partial $PIDS; wait"), cwd=REPOSITORY,
+            env=environment(PIDS=str(pids), **more), preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        )  # fmt: skip
+        deadline = time.monotonic() + 30
+        while not pids.exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        return script, [int(pid) for pid in pids.read_text().split()]
+
+    return start_it
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP])
+def test_a_signal_ends_all_that_the_launcher_started(number, starting):
+    script, pids = starting("sleep 300 & echo $!; sleep 300 & echo $!")
     script.send_signal(number)
-    assert script.wait(timeout=30) == 128 + number
-    for pid in map(int, pids.read_text().split()):
-        with pytest.raises(ProcessLookupError):
-            os.kill(pid, 0)
+    assert script.wait(timeout=30) == 75
+    assert all(map(gone, pids))
+
+
+def test_a_rank_that_does_not_stop_is_killed(starting):
+    script, pids = starting("trap '' TERM; RANK=0 setsid sleep 300 & echo $!", STOP_SECONDS="1")
+    script.send_signal(signal.SIGTERM)
+    assert script.wait(timeout=30) == 128 + signal.SIGKILL
+    assert all(map(gone, pids))
+
+
+def test_ranks_do_not_outlive_a_launcher_that_was_killed(starting):
+    script, (launcher, *ranks) = starting(
+        "echo $$; RANK=0 setsid sleep 300 & echo $!; RANK=1 setsid sleep 300 & echo $!"
+    )
+    os.kill(launcher, signal.SIGKILL)
+    assert script.wait(timeout=30) == 128 + signal.SIGKILL
+    assert all(map(gone, ranks))
+
+
+# --- injected faults: stops at bad times, of everything that can be told to stop ---
+
+TERM, INT, USR1 = signal.SIGTERM, signal.SIGINT, signal.SIGUSR1
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize(
+    ("number", "target", "phase"),  # every pair of two of them
+    [
+        (TERM, "script", "training"), (TERM, "worker", "evaluation"), (TERM, "all", "save"),
+        (INT, "script", "evaluation"), (INT, "worker", "save"), (INT, "all", "training"),
+        (USR1, "script", "save"), (USR1, "worker", "training"), (USR1, "all", "evaluation"),
+    ],
+)  # fmt: skip
+def test_a_stop_at_any_time_with_ranks_apart(script, number, target, phase, start, faults):
+    launched = start(*command(script, PHASES[phase]), MAX_RESTARTS="1")
+    launched.until_in(phase)
+    first, second = launched.ranks()
+    late = first if target == "worker" else second
+    os.kill(late, signal.SIGSTOP)
+    told = {"script": [launched.started.pid], "worker": [second], "all": launched.processes()}[target]
+    for pid in told:
+        os.kill(pid, number)
+    time.sleep(2)
+    os.kill(late, signal.SIGCONT)
+    manifest = launched.ends_stopped()
+    assert manifest["trainer"]["owed"] == (phase == "evaluation")
+    faults(f"{number.name} to {target}", f"{script}, {phase}, a rank 2 s late", "stopped, 75", 0, 0, 0)
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize(("script", "number"), [("torchrun.sh", USR1), ("deepspeed.sh", INT)])
+def test_a_signal_before_there_are_ranks(script, number, start):
+    launched = start(*command(script, ENDLESS))
+    launcher = f"{script.removesuffix('.sh')} --"
+    launched.until(lambda: any(launcher in line for line in launched.processes().values()))
+    launched.started.send_signal(number)
+    assert launched.ends() == 75, launched.output.read_text()
+    assert not (launched.run / "status.json").exists()
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("by", ["make", *SCRIPTS])
+def test_ctrl_c_on_a_terminal(by, start):
+    keyboard, terminal = os.openpty()
+    if by == "make":
+        settings = " ".join([*TINY, *ENDLESS, "training.output_dir=RUN"])
+        launched = start("make", "-o", ".venv/installed", "train-summarization", f"ARGS={settings}", terminal=terminal)
+    else:
+        launched = start(*command(by, ENDLESS), terminal=terminal)
+    launched.until_in("training")
+    os.write(keyboard, b"\x03")
+    if by == "make":
+        launched.started.wait(timeout=240)
+        assert launched.status()["state"] == "stopped"
+        assert launched.processes() == {}
+    else:
+        launched.ends_stopped()
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize(
+    ("script", "killed"),
+    [("torchrun.sh", "torchrun --"), ("deepspeed.sh", "deepspeed --"), ("deepspeed.sh", "launcher.launch")],
+)
+def test_a_launcher_that_is_killed_leaves_no_orphans(script, killed, start, faults):
+    launched = start(*command(script, ENDLESS))
+    launched.until_in("training")
+    (launcher,) = [pid for pid, line in launched.processes().items() if killed in line]
+    os.kill(launcher, signal.SIGKILL)
+    launched.ends_stopped()
+    faults(f"SIGKILL of {killed.removesuffix(' --')}", f"{script}, training", "stopped, 75", 0, 0, 0)
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_frozen_rank_is_killed(script, start, faults):
+    launched = start(*command(script, ENDLESS), STOP_SECONDS="5")
+    launched.until_in("training")
+    os.kill(launched.ranks()[1], signal.SIGSTOP)
+    launched.started.send_signal(TERM)
+    assert launched.ends() not in (0, 2, 75)
+    assert launched.status()["state"] == "running"
+    faults("SIGTERM, a rank frozen", f"{script}, STOP_SECONDS=5", "killed", launched.status()["step"], 0, 0)

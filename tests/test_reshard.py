@@ -10,12 +10,12 @@ import json
 import os
 import pickle
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import REPOSITORY, torchrun
+from conftest import REPOSITORY
+from distributed.forked import Group, Rank
 from safetensors.torch import load_file, save_file
 
 from pdl.config import Config, TrainingConfig, UserError
@@ -46,7 +46,7 @@ def case(family: str, precision: str, sharding: str) -> dict:
 
 FAST = [
     case("t5", "fp32", "zero0"), case("t5", "fp32", "zero2"), case("t5", "fp32", "zero3-all"),
-    case("llama", "bf16", "zero1"), case("llama", "bf16", "zero2"), case("llama", "bf16", "zero3"),
+    case("llama", "bf16", "zero1"), case("llama", "bf16", "zero3"),
 ]  # fmt: skip
 SLOW = [
     case(*settings)
@@ -55,7 +55,7 @@ SLOW = [
 ]
 
 
-# --- in the processes of torchrun ---
+# --- in the processes of the ranks ---
 
 
 def build(family: str) -> torch.nn.Module:
@@ -165,11 +165,21 @@ def run(wanted: dict, directory: Path, leg: int) -> None:
 # --- in the process of pytest ---
 
 
+def run_all(told: list) -> None:
+    from pdl import distributed
+
+    directory, leg = Path(told[0]), told[1]
+    distributed.start()
+    for wanted in json.loads((directory / "cases.json").read_text()):
+        run(wanted, directory, leg)
+    distributed.stop()
+
+
 def _gone_through(cases: list[dict], chain: tuple[int, ...], directory: Path) -> Path:
     (directory / "cases.json").write_text(json.dumps(cases))
     for leg, ranks in enumerate(chain):
-        ended = torchrun(ranks, __file__, directory, leg, timeout=1800, PYTHONPATH=os.curdir)
-        assert ended.returncode == 0, ended.stdout[-2000:] + ended.stderr[-6000:]
+        ended = Group([Rank([str(directory), leg])] * ranks, run_all)
+        assert ended.wait(1800) == [0] * ranks, ended.said
         for wanted in cases:
             if wanted["sharding"] != "zero0" and leg < len(chain) - 1:
                 checkpoint = directory / f"{wanted['name']}-{leg}"
@@ -271,12 +281,3 @@ def test_a_conversion_is_silent(fast, tmp_path, capfd):
     for wanted in ("t5-fp32-zero2-0", "t5-fp32-zero3-all-0"):
         to_universal(fast / wanted, tmp_path / wanted)
     assert capfd.readouterr() == ("", "")
-
-
-if __name__ == "__main__":
-    from pdl import distributed
-
-    distributed.start()
-    for wanted in json.loads((Path(sys.argv[1]) / "cases.json").read_text()):
-        run(wanted, Path(sys.argv[1]), int(sys.argv[2]))
-    distributed.stop()

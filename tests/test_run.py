@@ -88,6 +88,7 @@ def test_what_a_run_leaves(finished):
         "checkpoint": 11,
         "reason": None,
         "restart": False,
+        "resume": "auto",
     }
     assert yaml.safe_load((finished / "config.yaml").read_text())["loss"]["epsilon"] == 1e-8
     assert [path.name for path in sorted((finished / "checkpoints").iterdir())] == ["step-00000010", "step-00000011"]

@@ -8,12 +8,16 @@ Ends with 1 when a checkpoint is damaged, 2 when there is nothing to look at.
 from __future__ import annotations
 
 import argparse
-import os
+import contextlib
+import re
 import shutil
 import sys
 from pathlib import Path
 
 from pdl.config import UserError
+
+# What a run leaves beside its checkpoints; whatever else a user put there stays.
+_LEFT = re.compile(r"(\.?partial|damaged|discarded|deleting)-.*step-\d{8}.*")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -47,6 +51,8 @@ def _main(arguments: argparse.Namespace) -> int:
     print(f"{'checkpoint':<28} {'size':>10}  {'ranks':>5}  {'ZeRO':>4}  state")
     for checkpoint in checkpoints(directory):
         problems = verify(checkpoint)
+        if not checkpoint.exists():
+            continue  # a run that goes on has deleted it
         (damaged if problems else whole).append(checkpoint)
         ranks, stage = "?", "?"
         if not problems:
@@ -54,7 +60,7 @@ def _main(arguments: argparse.Namespace) -> int:
             ranks, stage = manifest["world_size"], manifest["made_with"]["zero_stage"]
         state = "whole" if not problems else "damaged: " + "; ".join(problems)
         print(f"{checkpoint.name:<28} {_size(checkpoint):>10}  {ranks:>5}  {stage:>4}  {state}")
-    others = sorted(path for path in (directory / "checkpoints").iterdir() if path not in whole + damaged)
+    others = [path for path in sorted((directory / "checkpoints").iterdir()) if _LEFT.fullmatch(path.name)]
     for path in others:
         print(f"{path.name:<28} {_size(path):>10}  {'':>5}  {'':>4}  not used")
     if arguments.prune:
@@ -62,8 +68,7 @@ def _main(arguments: argparse.Namespace) -> int:
         for path in doomed:
             print(f"{'deleted' if arguments.yes else 'would delete'} {path} ({_size(path)})")
             if arguments.yes:
-                doomed_name = path.rename(path.with_name(f"deleting-{path.name}"))  # half of it is never a checkpoint
-                (shutil.rmtree if doomed_name.is_dir() else os.remove)(doomed_name)
+                shutil.rmtree(path.rename(path.with_name(f"deleting-{path.name}")))  # half of it is never a checkpoint
         if not doomed:
             print("nothing to delete")
         elif not arguments.yes:
@@ -72,5 +77,8 @@ def _main(arguments: argparse.Namespace) -> int:
 
 
 def _size(path: Path) -> str:
-    files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
-    return f"{sum(file.stat().st_size for file in files) / 1e6:,.1f} MB"
+    total = 0
+    for file in path.rglob("*"):
+        with contextlib.suppress(FileNotFoundError):  # a run that goes on deletes and renames
+            total += file.stat().st_size if file.is_file() else 0
+    return f"{total / 1e6:,.1f} MB"
