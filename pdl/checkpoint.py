@@ -254,9 +254,8 @@ class Checkpointer:
         distributed.together(lambda: self._begin(partial) if self.storage.writes else None, what)
         writing = _writing_engine()
         self.engine.checkpoint_engine = writing
-        self.engine._copy_recovery_script = lambda _: (
-            None
-        )  # `pdl export` is ours, and this one's errors would not be kept
+        # A copy of DeepSpeed's export script, whose errors would not be kept; `python -m pdl export` is ours.
+        self.engine._copy_recovery_script = lambda _: None
         self.engine.save_checkpoint(str(partial), tag="engine", save_latest=False)
 
         def own_files() -> dict[str, dict]:

@@ -163,7 +163,7 @@ class Trainer:
         """Apply the accumulated gradients if they are finite on every rank.
 
         DeepSpeed leaves out an update that is not finite at stages 1 to 3, and applies it at stage 0, where the norm is taken
-        here, and gradients that are not finite are dropped: an optimizer passes over a parameter without one.
+        and the update left out here.
         """
         norm = None
         if self.zero_stage == 0:
@@ -172,6 +172,8 @@ class Trainer:
             if not math.isfinite(norm):
                 self._tolerate(step, "gradient")
                 self.engine.optimizer.zero_grad(set_to_none=True)
+                self.engine.micro_steps += 1  # all that is left of `engine.step`: the accumulation starts again
+                return False
         skipped = self.engine.skipped_steps
         self.engine.step()
         if norm is None:

@@ -40,7 +40,12 @@ def _kill(at: dict) -> None:
 
 def _signal(at: dict) -> None:
     """{"step", "number"}: a signal to this process where the step begins."""
-    _before_step(at["step"], lambda _: os.kill(os.getpid(), at["number"]))
+    _before_step(at["step"], lambda _: _signal_self(at["number"]))
+
+
+def _signal_self(number: int) -> None:
+    os.kill(os.getpid(), number)
+    time.sleep(0.2)  # a thread hears it
 
 
 def _hang(at: dict) -> None:
@@ -93,8 +98,7 @@ def _signal_in(at: dict) -> None:
     def called(*arguments, **named):
         calls.append(None)
         if len(calls) == (1 if at["place"] == "generate" else 2):
-            os.kill(os.getpid(), at["number"])
-            time.sleep(0.2)  # a thread hears it
+            _signal_self(at["number"])
         return original(*arguments, **named)
 
     setattr(owner, name, called)
@@ -108,8 +112,10 @@ def _not_finite(at: dict) -> None:
     def train_step(trainer, number, begin=train.Trainer.train_step):
         state["step"] = number
         if number in at["steps"] and at["where"] == "weights":
-            parameter = next(iter(trainer.engine.module.parameters()))
-            getattr(parameter, "ds_tensor", parameter).data.view(-1)[:1] = torch.nan
+            # Stage 3 may still have the weights gathered; their master copy makes the next ones.
+            masters = getattr(trainer.engine.optimizer, "fp32_partitioned_groups_flat", None)
+            weights = masters[0] if masters else next(iter(trainer.engine.module.parameters()))
+            weights.data.view(-1)[:1] = torch.nan
         return begin(trainer, number)
 
     def loss_of(*arguments, **named):
