@@ -11,6 +11,7 @@ import contextlib
 import io
 import logging
 import os
+import pickle
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,11 +33,18 @@ def tensors_only() -> Iterator[None]:
     from deepspeed.runtime.zero.config import ZeroStageEnum
     from deepspeed.utils.tensor_fragment import fragment_address
 
+    def member(enum: type, name: str):
+        if enum is not ZeroStageEnum:
+            raise pickle.UnpicklingError(f"getattr of {enum}")
+        return enum[name]
+
+    # Python 3.11 up to 3.11.3 writes a member of an enumeration as a call of getattr, which here can do nothing else.
+    enumerations = [(member, "builtins.getattr"), (member, "__builtin__.getattr")]
     name = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
     before = os.environ.get(name)
     os.environ[name] = "1"
     try:
-        with torch.serialization.safe_globals([LossScaler, ZeroStageEnum, fragment_address]):
+        with torch.serialization.safe_globals([LossScaler, ZeroStageEnum, fragment_address, *enumerations]):
             yield
     finally:
         if before is None:
