@@ -179,6 +179,7 @@ def test_torchrun_stops_on_a_signal_goes_on_and_brings_back_a_killed_rank(start)
     assert goes_on.output.read_text().count(f"continuing at step {step} of 40") == 2  # after the kill again
 
 
+@pytest.mark.faults  # a minute; torchrun, what `make` uses, is tried in every test run
 def test_deepspeed_stops_on_a_signal_and_goes_on(start):
     this = command("deepspeed.sh", [*SEEN, "training.max_steps=40"])
     stopped = start(*this, run=ODD_NAME)
