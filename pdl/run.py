@@ -15,7 +15,7 @@ import yaml
 
 from pdl import distributed, watch
 from pdl.checkpoint import Checkpointer, Resume, choose_checkpoint, load_checkpoint, seed_ranks
-from pdl.config import Config, UserError
+from pdl.config import Config, UserError, first_line
 from pdl.data import Collator, GlobalBatches
 from pdl.distributed import RunFailed, say
 from pdl.export import export_model
@@ -134,17 +134,31 @@ def run(
     config: Config, prepared: Prepared, storage: Storage, resume: Resume | None, status: Status, started: float
 ) -> None:
     """Train and export the model, then report on it."""
-    measured = train_model(config, prepared, storage, resume, status)
+    with deterministic(config.training.deterministic):
+        measured = train_model(config, prepared, storage, resume, status)
     gc.collect()  # of the model and its engine, before another one is loaded
     report(config, prepared, storage.directory, started, measured)
+
+
+@contextlib.contextmanager
+def deterministic(wanted: bool):
+    """While training: an operation that has no deterministic implementation raises UserError."""
+    if wanted:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(wanted)
+    try:
+        yield
+    except RuntimeError as error:  # torch has no class of its own for it
+        if not (wanted and "determinis" in str(error)):
+            raise
+        raise UserError(f"training.deterministic=true: {first_line(error)}") from error
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def train_model(config: Config, prepared: Prepared, storage: Storage, resume: Resume | None, status: Status) -> dict:
     """Model, engine, loop, export. Returns what was measured of it, for the report."""
     training, directory = config.training, storage.directory
-    if training.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
     device = distributed.device()
     distributed.first_then_rest(lambda: build_extensions(config))
     model = distributed.together(lambda: load_model(config, prepared.tokenizer))

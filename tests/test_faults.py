@@ -80,7 +80,7 @@ def finish(directory: Path, reference: list[dict], *overrides: str, **more) -> s
 def steps_again(directory: Path, reached: int) -> int:
     """How many of the steps that were done are trained once more, from the newest whole checkpoint."""
     there = [int(path.name[5:]) for path in checkpoints(directory) if not verify(path)]
-    return reached - max(there, default=0)
+    return max(0, reached - max(there, default=0))
 
 
 # --- SIGKILL ---
@@ -200,19 +200,27 @@ def test_a_damaged_newest_checkpoint_is_set_aside_and_the_one_before_used(undist
 
 
 @pytest.mark.faults
-@pytest.mark.parametrize("how", [*DAMAGE, "directory missing", "directory empty"])
-@pytest.mark.parametrize("what", ["manifest.json", "engine/mp_rank_00_model_states.pt"])
+@pytest.mark.parametrize(
+    ("what", "how"),
+    [
+        *[(what, how) for what in ("manifest.json", "engine/mp_rank_00_model_states.pt") for how in DAMAGE],
+        ("directory", "missing"),
+        ("directory", "empty"),
+    ],
+)
 def test_each_damage_is_survived(undisturbed, copied, faults, what, how):
     reference, newest = undisturbed(), copied / "checkpoints/step-00000008"
-    if how in DAMAGE:
-        DAMAGE[how](newest / what)
-    else:
+    if what == "directory":
         shutil.rmtree(newest)
-        if how == "directory empty":
+        if how == "empty":
             newest.mkdir()
+    else:
+        DAMAGE[how](newest / what)
     again = steps_again(copied, 8)
     printed = finish(copied, reference)
-    assert ("checkpoint 8 was written and is missing" if how == "directory missing" else "set aside") in printed
+    assert (
+        "checkpoint 8 was written and is missing" if (what, how) == ("directory", "missing") else "set aside"
+    ) in printed
     faults(f"newest checkpoint: {how}", what, "survived", again, *lost(copied, reference))
 
 
@@ -330,6 +338,23 @@ def test_a_full_disk(undisturbed, small_disk, faults, while_):
     again = steps_again(directory, status(directory)["step"])
     finish(directory, reference, "training.save_every=4")
     faults("disk full", f"while {while_}", "survived", again, *lost(directory, reference))
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("leave", [0, 1 << 16, 1 << 18])
+def test_a_disk_that_is_full_inside_a_file(undisturbed, small_disk, faults, leave):
+    """The first file of the checkpoint, or a later one, does not end: there was room for it when it began."""
+    directory, reference = small_disk / "run", undisturbed(STAGES[2])
+    filler = small_disk / "filler"
+    run = train(directory, STAGES[2], faults={0: {"fill": {"save": 4, "file": str(filler), "leave": leave}}})
+    assert run.exit_codes() == [1, 1], run.output()
+    assert "checkpoint step-00000004: [Errno 28] No space left on device" in run.output()
+    assert "Traceback" not in run.output()
+    assert names(directory) == ["step-00000002"]
+    filler.unlink()
+    again = steps_again(directory, 4)
+    finish(directory, reference, STAGES[2])
+    faults("disk full inside a file", f"{leave >> 10} KiB left", "survived", again, *lost(directory, reference))
 
 
 @pytest.mark.faults
@@ -523,6 +548,18 @@ def test_what_is_not_finite_stops_all_ranks_before_anything_is_saved(undisturbed
     faults(
         f"nan in {where}, ZeRO-{stage}", "rank 1, step 5", "refused, then survived", again, *lost(directory, reference)
     )
+
+
+@pytest.mark.faults
+def test_a_deterministic_run_refuses_what_is_not(undisturbed, tmp_path, faults):
+    directory, setting = tmp_path / "run", "training.deterministic=true"
+    run = train(directory, setting, faults={rank: {"not_deterministic": 5} for rank in (0, 1)})
+    assert run.exit_codes() == [2, 2], run.output()
+    assert f"{setting}: put_ does not have a deterministic implementation" in run.output()
+    assert status(directory)["state"] == "refused"
+    again = steps_again(directory, 5)
+    finish(directory, undisturbed(setting), setting)
+    faults("not deterministic", "an operation in step 5", "refused", again, *lost(directory, undisturbed(setting)))
 
 
 @pytest.mark.faults

@@ -396,22 +396,30 @@ def test_a_signal_before_there_are_ranks(script, number, start):
 
 
 @pytest.mark.faults
-@pytest.mark.parametrize("by", ["make", *SCRIPTS])
-def test_ctrl_c_on_a_terminal(by, start):
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_ctrl_c_on_a_terminal(script, start):
     keyboard, terminal = os.openpty()
-    if by == "make":
-        settings = " ".join([*TINY, *ENDLESS, "training.output_dir=RUN"])
-        launched = start("make", "-o", ".venv/installed", "train-summarization", f"ARGS={settings}", terminal=terminal)
-    else:
-        launched = start(*command(by, ENDLESS), terminal=terminal)
+    launched = start(*command(script, ENDLESS), terminal=terminal)
     launched.until_in("training")
     os.write(keyboard, b"\x03")
-    if by == "make":
-        launched.started.wait(timeout=240)
-        assert launched.status()["state"] == "stopped"
-        assert launched.processes() == {}
+    launched.ends_stopped()
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("by", ["Ctrl-C", "SIGTERM"])
+def test_make_stops(by, start, faults):
+    keyboard, terminal = os.openpty()
+    settings = " ".join([*TINY, *ENDLESS, "training.output_dir=RUN"])
+    launched = start("make", "-o", ".venv/installed", "train-summarization", f"ARGS={settings}", terminal=terminal)
+    launched.until_in("training")
+    if by == "Ctrl-C":
+        os.write(keyboard, b"\x03")
     else:
-        launched.ends_stopped()
+        launched.started.send_signal(TERM)
+    launched.started.wait(timeout=240)
+    assert launched.status()["state"] == "stopped"
+    assert launched.processes() == {}
+    faults(f"{by} to make", "training", "stopped, 75", 0, 0, 0)
 
 
 @pytest.mark.faults

@@ -72,6 +72,25 @@ def _bytes(at: dict) -> None:
     checkpoint.Checkpointer.save = save
 
 
+def _not_deterministic(step: int) -> None:
+    """An operation in that step of which torch knows no deterministic way."""
+    _before_step(step, lambda _: torch.zeros(2).put_(torch.tensor([0, 0]), torch.tensor([1.0, 2.0])))
+
+
+def _fill(at: dict) -> None:
+    """{"save", "file", "leave"}: in the save of that step, once room was found for it, this file takes the whole disk but `leave` bytes."""
+    original = checkpoint.Checkpointer._begin
+
+    def begin(checkpointer, partial):
+        original(checkpointer, partial)
+        if partial.name == f"partial-step-{at['save']:08d}":
+            disk = os.statvfs(partial)
+            with open(at["file"], "wb") as file:
+                os.posix_fallocate(file.fileno(), 0, disk.f_bavail * disk.f_bsize - at["leave"])
+
+    checkpoint.Checkpointer._begin = begin
+
+
 def _kill_at_rename(step: int) -> None:
     """SIGKILL when everything of the checkpoint of that step is written, but its name."""
     original = Path.rename
