@@ -38,7 +38,7 @@ class Group:
     def __init__(self, ranks: list[Rank], work: Callable[[list], int | None] = main):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
-            port = str(free.getsockname()[1])
+            self.port = port = str(free.getsockname()[1])
         size = str(len(ranks))
         group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
         context = multiprocessing.get_context("forkserver")
