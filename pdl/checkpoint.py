@@ -33,7 +33,8 @@ from xxhash import xxh3_128
 from pdl import distributed, watch
 from pdl.config import Config, UserError
 from pdl.distributed import RunFailed, say
-from pdl.run_directory import Storage, differences, named_checkpoint, read_config, sync_directory, sync_tree, write_json
+from pdl.run_directory import differences, named_checkpoint, read_config
+from pdl.storage import Storage, sync_directory, sync_tree, write_json
 from pdl.train import TrainerState
 
 MANIFEST = "manifest.json"

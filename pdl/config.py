@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import glob
 import hashlib
 import json
 import math
 import re
 import types
 import typing
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
@@ -37,6 +39,11 @@ class DataConfig:
     target_field: str | None = None
     max_source_tokens: int = 512  # special tokens included
     max_target_tokens: int = 128
+    streaming: bool = False  # training data is not cached: read, shuffled and tokenized as it is needed
+    stream_by: Literal["rows", "shards"] = (
+        "rows"  # every rank reads all of it and takes its rows; or reads its own files only
+    )
+    shuffle_buffer: int = 10_000  # examples among which a stream is shuffled
 
 
 @dataclass
@@ -69,6 +76,7 @@ class LossConfig:
     max_weight: float | None = None
     general_corpus: str | None = None  # a text file, or a frequency file made with the same tokenizer
     general_weight: float = 0.0  # share of the general corpus in the frequencies
+    frequencies: str | None = None  # a frequency file (`python -m pdl count`); without it the training data is counted
     path: Literal["head", "logits"] = "head"  # where the loss is computed; `logits` serves models whose head cannot
 
     def describe(self) -> str:
@@ -335,6 +343,7 @@ def _check_values(config: Config, world_size: int, problems: list[str]) -> None:
                 split == "test",
                 f"data.{split} is missing: a file, {{source: a.txt, target: b.txt}}, or hub:owner/name:split",
             )
+    _check_streaming(config, world_size, need)
     need(data.max_source_tokens > 0, f"data.max_source_tokens={data.max_source_tokens} must be > 0")
     need(
         data.max_target_tokens > 1,
@@ -451,6 +460,45 @@ def _check_values(config: Config, world_size: int, problems: list[str]) -> None:
     _check_deepspeed(config, problems)
 
 
+def _check_streaming(config: Config, world_size: int, need: Callable[[bool, str], None]) -> None:
+    data, defaults = config.data, DataConfig()
+    if not data.streaming:
+        for key in ("stream_by", "shuffle_buffer"):
+            need(getattr(data, key) == getattr(defaults, key), f"data.{key} is for data.streaming=true")
+        return
+    need(data.shuffle_buffer > 0, f"data.shuffle_buffer={data.shuffle_buffer} must be > 0")
+    need(
+        config.training.epochs is None, "training.epochs: the length of a stream is not known; state training.max_steps"
+    )
+    need(
+        config.tokenizer.vocab_size is None,
+        "tokenizer.vocab_size: a tokenizer is not trained on a stream; train one on a part of the data and give tokenizer.name_or_path",
+    )
+    need(
+        config.loss.frequencies is not None,
+        "loss.frequencies is missing: a stream is not counted before training; name the file that `python -m pdl count` is to write",
+    )
+    need(
+        not (isinstance(data.train, str) and data.train.endswith(".json")),
+        f"data.train={data.train} is read whole: a stream needs .jsonl, .csv, .tsv, .parquet or hub:",
+    )
+    if data.stream_by == "shards" and data.train is not None:
+        need(
+            isinstance(data.train, str), "data.stream_by=shards needs files that each rank has some of; set it to rows"
+        )
+        if isinstance(data.train, str) and not data.train.startswith("hub:"):
+            number = len(files_of(data.train))
+            need(
+                number >= world_size,
+                f"data.train={data.train} has {number} files, fewer than {world_size} ranks: set data.stream_by=rows",
+            )
+
+
+def files_of(source: str) -> list[Path]:
+    """The files of a path, or of a pattern with `*`, sorted."""
+    return [Path(source)] if Path(source).is_file() else sorted(map(Path, glob.glob(source)))
+
+
 def _check_data_source(name: str, value: Any, problems: list[str]) -> None:
     if isinstance(value, dict):
         if set(value) != {"source", "target"}:
@@ -470,7 +518,7 @@ def _check_data_source(name: str, value: Any, problems: list[str]) -> None:
             problems.append(f"{name}={value} is not of the form hub:owner/name[/config][@revision]:split")
     elif Path(value).suffix not in _SUFFIXES:
         problems.append(f"{name}={value} must end in {', '.join(_SUFFIXES)}, or start with hub:")
-    elif not Path(value).is_file():
+    elif not files_of(value):
         problems.append(f"{name}={value} does not exist")
 
 

@@ -1,18 +1,18 @@
-"""From files to batches: records, examples, token rows in a cache, and the order in which every layout sees them."""
+"""From examples to batches: token rows in a cache, and the order in which every layout sees them."""
 
 from __future__ import annotations
 
-import csv
-import functools
+import contextlib
 import hashlib
-import importlib.util
 import inspect
+import itertools
 import json
 import math
 import os
+import shutil
 import uuid
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
@@ -20,177 +20,19 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import pyarrow as pa
 import torch
 
 from pdl import distributed
-from pdl.config import Config, UserError, first_line, hub_address, recipe_path
+from pdl.config import Config, UserError
 from pdl.frequencies import TokenFrequencies
+from pdl.records import Example, examples, source_hash
+from pdl.storage import find_storage
 
 IGNORE = -100  # the label of a position that takes no part in the loss
 _FORMAT = 1  # of the cached rows; raised when the meaning of a row changes
+BLOCK = 1000  # examples, or lines, that are tokenized together and by one rank
 _ROWS_COPIED = 4096  # at a time, where a selection of rows is counted: bounds memory
-
-
-class Example(NamedTuple):
-    """One thing to learn: the model sees `source` and is supervised on `target`. `references` are what outputs are scored against."""
-
-    source: str
-    target: str
-    references: tuple[str, ...]
-
-
-# --- records and examples ---
-
-
-def records(source: Any) -> Iterator[tuple[str, dict]]:
-    """The records of a `data.*` value, each with the place it stands at ("file.jsonl:17"). Raises UserError naming that place."""
-    if isinstance(source, dict):
-        yield from _parallel_records(source["source"], source["target"])
-    elif source.startswith("hub:"):
-        for number, record in enumerate(hub_dataset(source)):
-            yield f"{source} row {number}", record
-    else:
-        reader = {".jsonl": _jsonl, ".json": _json, ".csv": _csv, ".tsv": _csv, ".parquet": _parquet}[
-            Path(source).suffix
-        ]
-        for number, record in reader(Path(source)):
-            if not isinstance(record, dict):
-                raise UserError(
-                    f"{source}:{number}: a record must be an object with fields, not {type(record).__name__}"
-                )
-            yield f"{source}:{number}", record
-
-
-def _jsonl(path: Path) -> Iterator[tuple[int, Any]]:
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, 1):
-            if line.strip():
-                try:
-                    yield number, json.loads(line)
-                except ValueError as error:
-                    raise UserError(f"{path}:{number}: not valid JSON: {error}") from error
-
-
-def _json(path: Path) -> Iterator[tuple[int, Any]]:
-    try:
-        whole = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise UserError(f"{path}: not valid JSON: {error}") from error
-    if not isinstance(whole, list):
-        raise UserError(f"{path} must hold a list of records; for one record a line name it .jsonl")
-    yield from enumerate(whole, 1)
-
-
-def _csv(path: Path) -> Iterator[tuple[int, Any]]:
-    csv.field_size_limit(1 << 27)
-    with path.open(encoding="utf-8-sig", newline="") as lines:
-        reader = csv.DictReader(lines, delimiter="\t" if path.suffix == ".tsv" else ",", strict=True)
-        try:
-            for record in reader:
-                if None in record or None in record.values():
-                    raise UserError(
-                        f"{path}:{reader.line_num}: the row does not have the {len(reader.fieldnames)} columns of the header"
-                    )
-                yield reader.line_num, record
-        except (csv.Error, UnicodeDecodeError) as error:
-            raise UserError(f"{path}:{reader.line_num}: {error}") from error
-
-
-def _parquet(path: Path) -> Iterator[tuple[int, Any]]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        batches = pyarrow.parquet.ParquetFile(path).iter_batches()
-        yield from enumerate((record for batch in batches for record in batch.to_pylist()), 1)
-    except (pyarrow.ArrowException, OSError) as error:
-        raise UserError(f"{path} is not a Parquet file: {error}") from error
-
-
-def _parallel_records(source: str, target: str) -> Iterator[tuple[str, dict]]:
-    with open(source, "rb") as source_lines, open(target, "rb") as target_lines:
-        sizes = [sum(1 for _ in lines) for lines in (source_lines, target_lines)]
-        if sizes[0] != sizes[1]:
-            raise UserError(
-                f"parallel files must have as many lines as each other: {source} has {sizes[0]}, {target} has {sizes[1]}"
-            )
-        source_lines.seek(0), target_lines.seek(0)
-        for number, pair in enumerate(zip(source_lines, target_lines, strict=True), 1):
-            record = {}
-            for name, path, line in zip(("source", "target"), (source, target), pair, strict=True):
-                try:
-                    record[name] = line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
-                except UnicodeDecodeError as error:
-                    raise UserError(f"{path}:{number}: {error}") from error
-            yield f"{source}:{number}", record
-
-
-@functools.cache
-def hub_dataset(source: str):
-    """The `datasets.Dataset` of `hub:owner/name[/config][@revision]:split`. Raises UserError when it cannot be had."""
-    import datasets
-
-    address = hub_address(source)
-    try:
-        return datasets.load_dataset(
-            address["repository"], address["config"], split=address["split"], revision=address["revision"]
-        )
-    except Exception as error:  # the library raises a dozen kinds, OSError and ValueError among them
-        raise UserError(
-            f"{source} could not be loaded from the hub: {type(error).__name__}: {first_line(error)}\n"
-            "    Without a network, give a local file (data.train=my.jsonl), or fill the cache where there is one and set HF_HUB_OFFLINE=1 here."
-        ) from error
-
-
-def load_recipe(task: str | None):
-    """The module of a recipe, with its `examples(record)` and `scores(predictions, examples)`; None without a task."""
-    if task is None:
-        return None
-    path = recipe_path(task)
-    spec = importlib.util.spec_from_file_location(f"recipe_{path.parent.name}", path)
-    recipe = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(recipe)
-    for name in ("examples", "scores"):
-        if not callable(getattr(recipe, name, None)):
-            raise UserError(f"{path} has no function {name}")
-    return recipe
-
-
-def examples(config: Config, split: str) -> Iterator[Example]:
-    """The examples of a split, in order. The recipe sees each record with `source` and `target` under those names.
-
-    Raises UserError naming the place of a record that lacks a field, or whose fields are not what the recipe reads.
-    """
-    recipe = load_recipe(config.task)
-    columns = {"source": config.data.source_field, "target": config.data.target_field}
-    for place, record in records(getattr(config.data, split)):
-        fields = {name: value for name, value in record.items() if columns.get(name) is None}
-        fields |= {name: record[column] for name, column in columns.items() if column in record}
-        if "target" in fields and fields["target"] is None:
-            fields["target"] = ""  # dropped and counted with the empty ones
-        try:
-            if recipe:
-                for example in recipe.examples(fields):
-                    yield _checked(example)
-            else:
-                yield _checked(Example(fields["source"], fields["target"], (fields["target"],)))
-        except KeyError as error:
-            missing = error.args[0]
-            hint = f"; set data.{missing}_field to one of them" if missing in columns else ""
-            raise UserError(
-                f"{place} has no field {columns.get(missing) or missing!r}; its fields are {', '.join(record)}{hint}"
-            ) from error
-        except (TypeError, AttributeError, IndexError, ValueError) as error:
-            kinds = ", ".join(f"{name} ({type(value).__name__})" for name, value in record.items())
-            raise UserError(f"{place} cannot be read as an example: {error}; its fields are {kinds}") from error
-
-
-def _checked(example: Example) -> Example:
-    for text in (example.source, example.target, *example.references):
-        if not isinstance(text, str):
-            raise TypeError(f"{text!r} is not a text")
-        text.encode()  # half of a surrogate pair ("\ud83d" in JSON) is no text that a tokenizer takes
-    return example
 
 
 # --- token rows ---
@@ -263,23 +105,6 @@ def cache_directory() -> Path:
     )
 
 
-def source_hash(source: Any) -> str:
-    """A hash of what a `data.*` value holds now: file contents and their format, or the hub's fingerprint."""
-    if isinstance(source, dict):
-        return "+".join(source_hash(path) for path in (source["source"], source["target"]))
-    if source.startswith("hub:"):
-        return hub_dataset(source)._fingerprint
-    with open(source, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() + Path(source).suffix
-
-
-def examples_hash(config: Config, split: str) -> str:
-    """A hash of the examples of a split: the data, and how the recipe reads it."""
-    recipe = recipe_path(config.task).read_text(encoding="utf-8") if config.task else ""
-    made_from = [source_hash(getattr(config.data, split)), recipe, config.data.source_field, config.data.target_field]
-    return hashlib.sha256(json.dumps(made_from).encode()).hexdigest()
-
-
 @dataclass
 class TokenRows:
     """The token rows of one split: memory-mapped Arrow columns `input_ids` and `labels`, and the key they are cached under."""
@@ -326,75 +151,125 @@ def _flat(lists) -> torch.Tensor:
     return torch.from_dlpack(flat.drop_null() if flat.null_count else flat)
 
 
-def token_rows(
-    config: Config, split: str, encoder: Encoder, tokenizer_hash: str, say: Callable[[str], None]
-) -> TokenRows:
-    """Tokenize a split, or open it from the cache. The key covers all that the rows depend on.
+def token_rows(config: Config, split: str, encoder: Encoder, data_hash: str, tokenizer_hash: str) -> TokenRows:
+    """Tokenize a split, or open it from the cache. A collective: the ranks that share a cache share the work.
 
+    data_hash: of the split's examples (`examples_hash`). The key covers all that the rows depend on.
     Raises UserError for data that cannot be used: no record, no target left, a missing field, an invalid line.
     """
     import datasets
-    import pyarrow as pa
 
     made_from = [
-        _FORMAT, examples_hash(config, split), tokenizer_hash, inspect.getsource(Encoder),
+        _FORMAT, data_hash, tokenizer_hash, inspect.getsource(Encoder),
         encoder.is_encoder_decoder, encoder.max_source_tokens, encoder.max_target_tokens,
     ]  # fmt: skip
     key = hashlib.sha256(json.dumps(made_from).encode()).hexdigest()[:32]
     path = cache_directory() / f"{key}.arrow"
-    if not path.exists():
-        report: Counter = Counter()
-        row_type = pa.list_(pa.int32())
-        schema = pa.schema({"input_ids": row_type, "labels": row_type})
-        with _whole(path) as partial:
-            with pa.OSFile(str(partial), "wb") as file, pa.ipc.new_stream(file, schema) as writer:
-                for batch in _batched(examples(config, split), 1000):
-                    rows, counted = encoder.rows(batch)
-                    report.update(counted)
-                    columns = [pa.array([row[name] for row in rows], row_type) for name in schema.names]
-                    writer.write_batch(pa.record_batch(columns, schema=schema))
-            with _whole(path.with_suffix(".json")) as notes:  # before the rows: where they are, it is
-                notes.write_text(json.dumps(report))
+    if not all(distributed.gathered(path.exists())):
+        _tokenize(config, split, encoder, path)
     report = json.loads(path.with_suffix(".json").read_text())
     source = getattr(config.data, split)
     if not report.get("rows"):
         why = ", ".join(f"{count} {name}" for name, count in report.items() if count) or "no record"
         raise UserError(f"data.{split}={source} holds nothing to learn from: {why}")
     notes = ", ".join(f"{count} {name}" for name, count in report.items() if count and name not in ("examples", "rows"))
-    say(f"data.{split}: {report['rows']} examples" + (f" ({notes})" if notes else ""))
+    distributed.say(f"data.{split}: {report['rows']} examples" + (f" ({notes})" if notes else ""))
     return TokenRows(datasets.Dataset.from_file(str(path)), key, report)
 
 
+_ROW = pa.list_(pa.int32())
+_SCHEMA = pa.schema({"input_ids": _ROW, "labels": _ROW})
+
+
+def _tokenize(config: Config, split: str, encoder: Encoder, path: Path) -> None:
+    """Write the rows of a split, and beside them what was dropped and cut. A collective.
+
+    Each rank that sees the same cache tokenizes every n-th block of examples; one of them puts the blocks together in their order.
+    """
+    storage = find_storage(path.parent, "PDL_CACHE")
+    part, parts = storage.part
+    wanted, name = distributed.gathered((not path.exists(), f"{path.name}.{uuid.uuid4().hex}.partial"))[
+        storage.ranks[0]
+    ]
+    shards = path.with_name(name)  # a directory of this launch: another one may do the same now
+
+    def own_blocks() -> dict | None:
+        if not wanted:
+            return None
+        shards.mkdir(exist_ok=True)
+        report: Counter = Counter()
+        with pa.OSFile(str(shards / f"{part}.arrow"), "wb") as file, pa.ipc.new_stream(file, _SCHEMA) as writer:
+            for batch in islice(batched(examples(config, split), BLOCK), part, None, parts):
+                rows, counted = encoder.rows(batch)
+                report.update(counted)
+                columns = [pa.array([row[column] for row in rows], _ROW) for column in _SCHEMA.names]
+                writer.write_batch(pa.record_batch(columns, schema=_SCHEMA))
+        return dict(report)
+
+    def join(reports: list[dict]) -> None:
+        with whole_file(path) as whole:
+            if parts == 1:
+                (shards / "0.arrow").rename(whole)
+            else:
+                with contextlib.ExitStack() as opened:
+                    files = [opened.enter_context(pa.memory_map(str(shards / f"{i}.arrow"))) for i in range(parts)]
+                    in_turn = itertools.zip_longest(*map(pa.ipc.open_stream, files))
+                    file = opened.enter_context(pa.OSFile(str(whole), "wb"))
+                    writer = opened.enter_context(pa.ipc.new_stream(file, _SCHEMA))
+                    for block in itertools.chain.from_iterable(in_turn):
+                        if block is not None:
+                            writer.write_batch(block)
+            with whole_file(path.with_suffix(".json")) as notes:  # before the rows: where they are, it is
+                notes.write_text(json.dumps(sum(map(Counter, reports), Counter())))
+
+    try:
+        reports = distributed.gathered(distributed.together(own_blocks))
+        distributed.together(
+            lambda: join([reports[rank] for rank in storage.ranks]) if wanted and storage.writes else None
+        )
+    finally:
+        if storage.writes:
+            shutil.rmtree(shards, ignore_errors=True)
+
+
 def text_frequencies(path: Path, tokenizer, tokenizer_hash: str, vocab_size: int) -> TokenFrequencies:
-    """Token counts of a general corpus: a frequency file made with the same tokenizer, or a text, counted once and cached.
+    """Token counts of a general corpus: a frequency file, or a text, counted once by all ranks together and cached. A collective.
 
     Raises UserError for a frequency file of another tokenizer or vocabulary.
     """
-    if path.suffix != ".safetensors":
-        key = hashlib.sha256(json.dumps([source_hash(str(path)), tokenizer_hash, vocab_size]).encode()).hexdigest()[:32]
-        cached = cache_directory() / f"text-{key}.safetensors"
-        if not cached.exists():
-            try:
-                with path.open(encoding="utf-8-sig") as lines:
-                    ids = (tokenizer(batch, add_special_tokens=False).input_ids for batch in _batched(lines, 1000))
-                    pieces = (torch.tensor([token for line in batch for token in line]) for batch in ids)
-                    counted = TokenFrequencies.from_labels(
-                        pieces, vocab_size, tokenizer_hash=tokenizer_hash, corpus=str(path)
-                    )
-            except UnicodeDecodeError as error:
-                raise UserError(f"loss.general_corpus={path} is not a UTF-8 text: {error}") from error
-            if counted.total == 0:
-                raise UserError(f"loss.general_corpus={path} holds no text")
-            with _whole(cached) as partial:
-                counted.save(partial)
-        path = cached
+    if path.suffix == ".safetensors":
+        return load_frequencies("loss.general_corpus", path, tokenizer_hash, vocab_size)
+    made_from = [distributed.once_per_node(lambda: source_hash(str(path))), tokenizer_hash, vocab_size]
+    key = hashlib.sha256(json.dumps(made_from).encode()).hexdigest()[:32]
+    cached = cache_directory() / f"text-{key}.safetensors"
+    if all(distributed.gathered(cached.exists())):
+        return load_frequencies("loss.general_corpus", cached, tokenizer_hash, vocab_size)
+
+    def own_lines() -> TokenFrequencies:
+        try:
+            with path.open(encoding="utf-8-sig") as lines:
+                own = islice(batched(lines, BLOCK), distributed.rank(), None, distributed.world_size())
+                ids = (tokenizer(batch, add_special_tokens=False).input_ids for batch in own)
+                pieces = (torch.tensor([token for line in batch for token in line]) for batch in ids)
+                return TokenFrequencies.from_labels(pieces, vocab_size, tokenizer_hash=tokenizer_hash, corpus=str(path))
+        except UnicodeDecodeError as error:
+            raise UserError(f"loss.general_corpus={path} is not a UTF-8 text: {error}") from error
+
+    counted = distributed.together(own_lines).all_reduce()
+    if counted.total == 0:
+        raise UserError(f"loss.general_corpus={path} holds no text")
+    return _kept(counted, cached)
+
+
+def load_frequencies(setting: str, path: Path, tokenizer_hash: str, vocab_size: int) -> TokenFrequencies:
+    """A frequency file. Raises UserError, naming the setting, for one of another tokenizer or vocabulary."""
     try:
         frequencies = TokenFrequencies.load(path)
     except ValueError as error:
-        raise UserError(f"loss.general_corpus: {error}") from error
+        raise UserError(f"{setting}: {error}") from error
     if frequencies.tokenizer_hash != tokenizer_hash or len(frequencies.counts) != vocab_size:
         raise UserError(
-            f"loss.general_corpus={path} was counted with another tokenizer or vocabulary ({len(frequencies.counts)} rows, tokenizer "
+            f"{setting}={path} was counted with another tokenizer or vocabulary ({len(frequencies.counts)} rows, tokenizer "
             f"{frequencies.tokenizer_hash[:12] or 'not named'}); the model has {vocab_size} rows, tokenizer {tokenizer_hash[:12]}"
         )
     return frequencies
@@ -407,14 +282,19 @@ def label_frequencies(rows: TokenRows, tokenizer_hash: str, vocab_size: int, cor
         return TokenFrequencies.load(cached)
     frequencies = rows.count(vocab_size, distributed.rank(), distributed.world_size()).all_reduce()
     frequencies.tokenizer_hash, frequencies.corpus = tokenizer_hash, corpus
+    return _kept(frequencies, cached)
+
+
+def _kept(frequencies: TokenFrequencies, path: Path) -> TokenFrequencies:
+    """The same, in the cache of each node for the next run."""
     if distributed.local_rank() == 0:
-        with _whole(cached) as partial:
+        with whole_file(path) as partial:
             frequencies.save(partial)
     return frequencies
 
 
 @contextmanager
-def _whole(path: Path) -> Iterator[Path]:
+def whole_file(path: Path) -> Iterator[Path]:
     """A name to write under; the file gets its real one at the end, so that nobody reads half of it. Several nodes may write at once."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
@@ -425,7 +305,7 @@ def _whole(path: Path) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
 
 
-def _batched(items: Iterable, size: int) -> Iterator[list]:
+def batched(items: Iterable, size: int) -> Iterator[list]:
     items = iter(items)
     while batch := list(islice(items, size)):
         yield batch
@@ -473,6 +353,11 @@ def padded(sequences: list[list[int]], value: int, side: str = "right") -> torch
     """int64 `[batch, longest]`."""
     rows = [torch.tensor(sequence, dtype=torch.long) for sequence in sequences]
     return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value, padding_side=side)
+
+
+def unlabelled(row: dict) -> dict:
+    """A row that the model reads and learns nothing from: it fills up a batch."""
+    return {**row, "labels": [IGNORE] * len(row["labels"])}
 
 
 @dataclass
@@ -524,8 +409,7 @@ class GlobalBatches:
             real = numbers[start : start + self.micro_batch_size]
             rows = [table[number] for number in real]
             if len(rows) < self.micro_batch_size:
-                filler = rows[0] if rows else table[numbers[0]]
-                filler = {**filler, "labels": [IGNORE] * len(filler["labels"])}
+                filler = unlabelled(rows[0] if rows else table[numbers[0]])
                 rows += [filler] * (self.micro_batch_size - len(rows))
             micro_batches.append(self.collator(rows))
         return micro_batches
@@ -550,5 +434,4 @@ def validation_batches(rows: TokenRows, collator: Collator, size: int, rank: int
         if number < batches:
             yield collator([rows.table[i] for i in range(number * size, min((number + 1) * size, len(rows)))])
         else:
-            filler = rows.table[0]
-            yield collator([{**filler, "labels": [IGNORE] * len(filler["labels"])}])
+            yield collator([unlabelled(rows.table[0])])

@@ -137,6 +137,12 @@ def first_then_rest(work: Callable[[], T]) -> T:
     return result
 
 
+def once_per_node(work: Callable[[], T]) -> T:
+    """The result of `work`, which one rank of each node does for all of it. A collective; the result is pickled."""
+    result = together(work if local_rank() == 0 else lambda: None)
+    return gathered(result)[rank() - local_rank()]  # launchers number the ranks of a node in a row
+
+
 def require_equal(values: dict[str, object]) -> None:
     """Refuse to start when ranks see different values (another config, another data file). A collective."""
     seen = gathered(values)

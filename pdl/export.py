@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from pdl.config import UserError, first_line
 from pdl.model import auto_class
 from pdl.reshard import tensors_only
-from pdl.run_directory import sync_directory, sync_tree
+from pdl.storage import sync_directory, sync_tree
 
 
 def export_model(directory: Path, engine, tokenizer, writes: bool) -> None:

@@ -15,7 +15,7 @@ import torch
 
 from pdl import distributed
 from pdl.cross_entropy import LossSums
-from pdl.run_directory import sync_directory, sync_tree, write_whole
+from pdl.storage import sync_directory, sync_tree, write_whole
 
 BUCKETS = ("head", "middle", "tail")
 

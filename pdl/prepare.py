@@ -12,10 +12,12 @@ import torch
 
 from pdl import distributed
 from pdl.config import Config, UserError
-from pdl.data import Encoder, Example, TokenRows, examples, label_frequencies, text_frequencies, token_rows
+from pdl.data import Encoder, TokenRows, label_frequencies, load_frequencies, text_frequencies, token_rows
 from pdl.distributed import say
 from pdl.frequencies import TokenFrequencies
 from pdl.model import check_sharding, load_model_config
+from pdl.records import Example, examples, examples_hash
+from pdl.streaming import stream_key
 from pdl.tokenizer import run_tokenizer, tokenizer_hash
 from pdl.weights import loss_weights
 
@@ -24,7 +26,7 @@ from pdl.weights import loss_weights
 class Prepared:
     tokenizer: Any
     encoder: Encoder
-    train: TokenRows
+    train: TokenRows | None  # None where it is streamed
     validation: TokenRows
     frequencies: TokenFrequencies
     weights: torch.Tensor  # float32 [vocabulary]
@@ -33,32 +35,62 @@ class Prepared:
     made_with: dict  # must be the same when the run is continued
 
 
-def prepare(config: Config) -> Prepared:
-    """Tokenizer, token rows, frequencies and weights. Raises UserError, on all ranks, for data that cannot be used."""
+def data_hashes(config: Config) -> dict[str, str]:
+    """A hash of the examples of each split. A collective: one rank of each node reads them."""
+    splits = [split for split in ("train", "validation", "test") if getattr(config.data, split) is not None]
+    return distributed.once_per_node(lambda: {split: examples_hash(config, split) for split in splits})
 
-    def read():
-        check_sharding(config)
-        tokenizer = run_tokenizer(config)
+
+def encoding(config: Config, data_hash: str) -> tuple[Any, Encoder, str, int]:
+    """The tokenizer, the encoder, the tokenizer's hash and the rows of the model's vocabulary. A collective.
+
+    data_hash: of the training examples.
+    """
+
+    def load():
+        tokenizer = run_tokenizer(config, data_hash)
         settings = load_model_config(config, tokenizer)
         encoder = Encoder(
             tokenizer, settings.is_encoder_decoder, config.data.max_source_tokens, config.data.max_target_tokens
         )
-        hashed = tokenizer_hash(tokenizer)
-        train, validation = (token_rows(config, split, encoder, hashed, say) for split in ("train", "validation"))
-        vocab_size = settings.get_text_config().vocab_size
-        general = None
-        if config.loss.general_corpus is not None:
-            general = text_frequencies(Path(config.loss.general_corpus), tokenizer, hashed, vocab_size).counts
-        scored = list(islice(examples(config, scored_split), config.evaluation.examples))
-        if not scored and config.evaluation.examples:
-            raise UserError(
-                f"data.{scored_split}={getattr(config.data, scored_split)} holds no example to generate from"
-            )
-        return tokenizer, encoder, hashed, train, validation, vocab_size, general, scored
+        return tokenizer, encoder, tokenizer_hash(tokenizer), settings.get_text_config().vocab_size
 
+    return distributed.first_then_rest(load)
+
+
+def _counted_before(config: Config, hashed: str, vocab_size: int) -> TokenFrequencies:
+    path = Path(config.loss.frequencies)
+    if not path.exists():
+        raise UserError(
+            f"loss.frequencies={path} does not exist: `python -m pdl count` with this configuration writes it"
+        )
+    return load_frequencies("loss.frequencies", path, hashed, vocab_size)
+
+
+def prepare(config: Config) -> Prepared:
+    """Tokenizer, token rows, frequencies and weights. Raises UserError, on all ranks, for data that cannot be used."""
+
+    distributed.together(lambda: check_sharding(config))
+    hashes = data_hashes(config)
+    tokenizer, encoder, hashed, vocab_size = encoding(config, hashes["train"])
+    train = None
+    if config.data.streaming:
+        train_key = stream_key(config, encoder, hashes["train"], hashed)
+    else:
+        train = token_rows(config, "train", encoder, hashes["train"], hashed)
+        train_key = train.key
+    validation = token_rows(config, "validation", encoder, hashes["validation"], hashed)
     scored_split = "test" if config.data.test is not None else "validation"
-    tokenizer, encoder, hashed, train, validation, vocab_size, general, scored = distributed.first_then_rest(read)
-    frequencies = label_frequencies(train, hashed, vocab_size, str(config.data.train))
+    scored = distributed.once_per_node(lambda: list(islice(examples(config, scored_split), config.evaluation.examples)))
+    if not scored and config.evaluation.examples:
+        raise UserError(f"data.{scored_split}={getattr(config.data, scored_split)} holds no example to generate from")
+    if config.loss.frequencies is not None:
+        frequencies = distributed.together(lambda: _counted_before(config, hashed, vocab_size))
+    else:
+        frequencies = label_frequencies(train, hashed, vocab_size, str(config.data.train))
+    general = None
+    if config.loss.general_corpus is not None:
+        general = text_frequencies(Path(config.loss.general_corpus), tokenizer, hashed, vocab_size).counts
     try:
         weights = loss_weights(config.loss, frequencies.counts, general)
     except ValueError as error:
@@ -68,7 +100,7 @@ def prepare(config: Config) -> Prepared:
         "zero_optimization": config.deepspeed_sharding()["zero_optimization"],
         "seed": config.training.seed,
         "global_batch_size": config.training.global_batch_size,
-        "train_rows": train.key,
+        "train_rows": train_key,
         "validation_rows": validation.key,
         "frequencies": hashlib.sha256(frequencies.counts.numpy().tobytes()).hexdigest()[:32],
         "weights": hashlib.sha256(weights.numpy().tobytes()).hexdigest()[:32],

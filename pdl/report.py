@@ -12,11 +12,11 @@ from pathlib import Path
 
 from pdl import distributed, watch
 from pdl.config import Config
-from pdl.data import load_recipe
 from pdl.distributed import say
 from pdl.generate import generate, load_exported
 from pdl.prepare import Prepared
-from pdl.run_directory import write_json
+from pdl.records import load_recipe
+from pdl.storage import write_json
 
 
 def opening(config: Config, directory: Path, model, resumed: int | None, last_step: int) -> str:

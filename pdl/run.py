@@ -34,15 +34,15 @@ from pdl.prepare import Prepared, prepare
 from pdl.report import Progress, opening, report
 from pdl.run_directory import (
     Status,
-    Storage,
     ended_in_this_launch,
-    find_storage,
     inspect_directory,
     launch_identity,
     lock,
     name_owner,
     write_beginning,
 )
+from pdl.storage import Storage, find_storage
+from pdl.streaming import StreamedBatches
 from pdl.train import Trainer, TrainerState, schedule
 
 
@@ -170,13 +170,18 @@ def train_model(config: Config, prepared: Prepared, storage: Storage, resume: Re
     weights = prepared.weights.to(device)
     start = decoder_start(model) if prepared.encoder.is_encoder_decoder else None
     collator = Collator(prepared.tokenizer.pad_token_id, start)
-    batches = GlobalBatches(
-        prepared.train, collator, training.seed, training.global_batch_size, training.micro_batch_size,
-        epochs=training.epochs if training.max_steps is None else None,
-    )  # fmt: skip
+    if prepared.train is None:
+        batches = StreamedBatches(config, prepared.encoder, collator)
+    else:
+        batches = GlobalBatches(
+            prepared.train, collator, training.seed, training.global_batch_size, training.micro_batch_size,
+            epochs=training.epochs if training.max_steps is None else None,
+        )  # fmt: skip
     last_step = training.max_steps or batches.steps
     if head is not None:
-        batch = collator([prepared.train.table[number] for number in range(min(2, len(prepared.train)))]).to(device)
+        batch = collator([prepared.validation.table[number] for number in range(min(2, len(prepared.validation)))]).to(
+            device
+        )
         tolerance = 1e-4 if training.precision == "fp32" else 2e-2
         check_parity(engine.module, head, batch.inputs, batch.labels, weights, tolerance)
 

@@ -20,6 +20,7 @@ from pdl import distributed
 from pdl.config import Config, UserError, flattened
 from pdl.distributed import say
 from pdl.frequencies import TokenFrequencies
+from pdl.storage import sync_directory, sync_tree, writable, write_json, write_whole
 
 # Settings that do not touch the numbers of a run, so a run may continue with others. What stands in the DeepSpeed file is
 # compared itself, not its path.
@@ -36,43 +37,6 @@ _MAY_CHANGE = {
     "deepspeed",
 }
 LOCK = ".lock"
-
-
-def write_whole(path: Path, text: str, sync: bool = True) -> None:
-    """Write a file that is there whole or not at all; with `sync` also when the power goes."""
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
-        if sync:
-            file.flush()
-            os.fsync(file.fileno())
-    partial.replace(path)
-    if sync:
-        sync_directory(path.parent)
-
-
-def write_json(path: Path, content: dict, sync: bool = True) -> None:
-    write_whole(path, json.dumps(content, indent=2) + "\n", sync)
-
-
-def sync_directory(directory: Path) -> None:
-    """Bring the names in a directory to the disk."""
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def sync_tree(path: Path) -> None:
-    """Bring a file, or a directory with all in it, to the disk."""
-    if path.is_dir():
-        for inside in path.iterdir():
-            sync_tree(inside)
-        sync_directory(path)
-    else:
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
 
 
 # --- status ---
@@ -137,62 +101,12 @@ def ended_in_this_launch(directory: Path) -> Status | None:
 # --- one owner, and who writes ---
 
 
-@dataclass
-class Storage:
-    """Which ranks see the same files under the run's directory: all of them, or without a shared file system those of a node."""
-
-    directory: Path
-    ranks: list[int]  # that see the same files as this one
-
-    @property
-    def writes(self) -> bool:
-        """Whether this rank writes what is written once: checkpoints' manifests, the exported model."""
-        return distributed.rank() == self.ranks[0]
-
-    @property
-    def shared(self) -> bool:
-        return len(self.ranks) == distributed.world_size()
-
-    @property
-    def part(self) -> tuple[int, int]:
-        """This rank's place among those that see the same files, and their number: work on files is divided so."""
-        return self.ranks.index(distributed.rank()), len(self.ranks)
-
-
-def find_storage(directory: Path) -> Storage:
-    """Make the directory, and find out which ranks share it. A collective; raises UserError where it cannot be written to."""
-
-    def probe() -> str:
-        name = f".probe-{os.getpid()}-{uuid.uuid4().hex}"
-        with _refused_as_a_setting(directory):
-            directory.mkdir(parents=True, exist_ok=True)
-            (directory / name).touch()
-        return name
-
-    try:
-        mine = distributed.together(probe)
-        seen = [(directory / name).exists() for name in distributed.gathered(mine)]
-        seen_by_all = distributed.gathered(seen)  # nobody removes its own before all have looked
-    finally:
-        for made in directory.glob(f".probe-{os.getpid()}-*"):
-            made.unlink()
-    return Storage(directory, [rank for rank, other in enumerate(seen_by_all) if other == seen])
-
-
-@contextlib.contextmanager
-def _refused_as_a_setting(directory: Path):
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"training.output_dir={directory} cannot be written to: {error.strerror}") from error
-
-
 def lock(directory: Path) -> int:
     """Own the directory until this process ends, however it ends: the kernel frees the lock. Returns the file descriptor.
 
     Raises UserError when another process owns it, and says which.
     """
-    with _refused_as_a_setting(directory):
+    with writable(directory):
         descriptor = os.open(directory / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
     _flock(directory, descriptor, fcntl.LOCK_EX)
     return descriptor
@@ -341,7 +255,7 @@ def write_beginning(directory: Path, config: Config, tokenizer, frequencies: Tok
 
     One that is continued keeps its own; a damaged frequency file is set aside and written again, from the same counts.
     """
-    with _refused_as_a_setting(directory):
+    with writable(directory):
         for stale in directory.glob(".probe-*"):  # of a process that was killed
             stale.unlink(missing_ok=True)
         write_whole(directory / "config.yaml", yaml.safe_dump(config.to_dict(), sort_keys=False))

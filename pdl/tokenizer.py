@@ -10,7 +10,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from pdl.config import Config, UserError, first_line
-from pdl.data import cache_directory, examples, examples_hash
+from pdl.data import cache_directory
+from pdl.records import examples
 
 
 def load_tokenizer(name_or_path: str):
@@ -30,13 +31,14 @@ def load_tokenizer(name_or_path: str):
     return tokenizer
 
 
-def run_tokenizer(config: Config):
-    """The tokenizer that a configuration asks for: a pretrained one, or one trained on the training data and kept in the cache."""
+def run_tokenizer(config: Config, data_hash: str):
+    """The tokenizer that a configuration asks for: a pretrained one, or one trained on the training data and kept in the cache.
+
+    data_hash: of the training examples (`examples_hash`).
+    """
     if config.tokenizer.vocab_size is None:
         return load_tokenizer(config.tokenizer.name_or_path or config.model.name_or_path)
-    made_from = json.dumps(
-        [examples_hash(config, "train"), config.tokenizer.vocab_size, inspect.getsource(train_tokenizer)]
-    )
+    made_from = json.dumps([data_hash, config.tokenizer.vocab_size, inspect.getsource(train_tokenizer)])
     directory = cache_directory() / f"tokenizer-{hashlib.sha256(made_from.encode()).hexdigest()[:32]}"
     if not directory.exists():
         train_tokenizer(_training_texts(config), config.tokenizer.vocab_size, directory)

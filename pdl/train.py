@@ -15,6 +15,7 @@ from pdl.data import Batch, Collator, GlobalBatches, TokenRows, validation_batch
 from pdl.distributed import RunFailed
 from pdl.loss_head import LossHead, loss_of
 from pdl.metrics import Meter
+from pdl.streaming import StreamedBatches
 
 
 class StepRefused(RunFailed):
@@ -49,7 +50,7 @@ class Trainer:
     head: LossHead | None
     weights: torch.Tensor
     meter: Meter
-    batches: GlobalBatches
+    batches: GlobalBatches | StreamedBatches
     validation: TokenRows
     collator: Collator
     learning_rate: Callable[[int], float]

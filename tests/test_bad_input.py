@@ -14,6 +14,7 @@ from distributed.forked import Group, Rank
 from pdl.__main__ import main
 from pdl.config import _OURS, UserError, load_config
 from pdl.frequencies import TokenFrequencies
+from pdl.records import examples_hash
 from pdl.tokenizer import run_tokenizer, tokenizer_hash
 
 CONFIG = "configs/summarization/sample.yaml"
@@ -344,7 +345,8 @@ def test_recipe_without_its_functions(command):
 
 
 def test_frequency_file(command):
-    tokenizer = run_tokenizer(load_config(CONFIG))
+    config = load_config(CONFIG)
+    tokenizer = run_tokenizer(config, examples_hash(config, "train"))
     hashed, rows = tokenizer_hash(tokenizer), len(tokenizer)
     counts = TokenFrequencies.from_labels(tokenizer("a", return_tensors="pt").input_ids, rows).counts
     path = command.folder / "general.safetensors"

@@ -17,7 +17,8 @@ from pdl.checkpoint import Checkpointer, checkpoints, newest_whole, verify
 from pdl.config import Config, TrainingConfig, UserError
 from pdl.distributed import RunFailed
 from pdl.model import deepspeed_settings, initialize_engine
-from pdl.run_directory import find_storage, lock
+from pdl.run_directory import lock
+from pdl.storage import find_storage
 from pdl.train import TrainerState
 
 

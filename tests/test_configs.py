@@ -15,8 +15,8 @@ from distributed.forked import Group, Rank
 
 from pdl.__main__ import main
 from pdl.config import load_config
-from pdl.data import load_recipe
 from pdl.frequencies import TokenFrequencies
+from pdl.records import load_recipe
 from pdl.tokenizer import train_tokenizer
 
 TASKS = ["summarization", "dialogue", "style_transfer", "code_generation"]

@@ -27,18 +27,15 @@ from pdl.data import (
     IGNORE,
     Collator,
     Encoder,
-    Example,
     GlobalBatches,
     TokenRows,
     column_values,
-    examples,
     label_frequencies,
-    records,
-    source_hash,
     text_frequencies,
     token_rows,
     validation_batches,
 )
+from pdl.records import Example, examples, examples_hash, records, source_hash
 
 FEW = settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 PAD, EOS, UNK, BOS = range(4)
@@ -383,6 +380,21 @@ def test_decoder_only_rows_teach_every_token_of_the_target_after_what_stands_bef
 # --- the cache ---
 
 
+@pytest.fixture(scope="module", autouse=True)
+def alone():
+    """A process group of one, for what is a collective."""
+    before = dict(os.environ)
+    distributed.start()
+    yield
+    distributed.stop()
+    os.environ.clear()
+    os.environ.update(before)
+
+
+def rows_of(of: Config, encoder: Encoder, tokenizer_hash: str = "hash") -> TokenRows:
+    return token_rows(of, "train", encoder, examples_hash(of, "train"), tokenizer_hash)
+
+
 def files(cache) -> dict:
     return {path.name: path.stat().st_mtime_ns for path in cache.glob("*")} if cache.exists() else {}
 
@@ -390,18 +402,17 @@ def files(cache) -> dict:
 PAIRS = [{"source": "a b", "target": "c d"}, {"source": "e", "target": "f g h"}, {"source": "", "target": "a"}]
 
 
-def test_second_call_opens_the_cache(tmp_path, cache):
+def test_second_call_opens_the_cache(tmp_path, cache, capsys):
     path = write(tmp_path / "a.jsonl", [*PAIRS, {"source": "a", "target": ""}])
-    said = []
-    first = token_rows(config(path), "train", encoder(), "hash", said.append)
+    first = rows_of(config(path), encoder())
     before = files(cache)
-    second = token_rows(config(path), "train", encoder(), "hash", said.append)
+    second = rows_of(config(path), encoder())
     assert before and files(cache) == before
     assert first.key == second.key and first.table[:] == second.table[:]
-    assert said == ["data.train: 3 examples (1 empty targets dropped)"] * 2
+    assert capsys.readouterr().out == "data.train: 3 examples (1 empty targets dropped)\n" * 2
     # The same bytes under another name are the same data; where a file is does not matter.
     (tmp_path / "b.jsonl").write_bytes(path.read_bytes())
-    assert token_rows(config(tmp_path / "b.jsonl"), "train", encoder(), "hash", said.append).key == first.key
+    assert rows_of(config(tmp_path / "b.jsonl"), encoder()).key == first.key
 
 
 def test_key_covers_all_that_rows_depend_on(tmp_path, cache):
@@ -412,7 +423,7 @@ def test_key_covers_all_that_rows_depend_on(tmp_path, cache):
 
     def add(of: Encoder, tokenizer_hash: str = "hash", **fields):
         task = fields.pop("task", str(recipe))
-        keys.append(token_rows(config(path, task, **fields), "train", of, tokenizer_hash, print).key)
+        keys.append(rows_of(config(path, task, **fields), of, tokenizer_hash).key)
 
     add(encoder())
     add(encoder(target=5))
@@ -432,13 +443,11 @@ def test_key_covers_all_that_rows_depend_on(tmp_path, cache):
 def test_the_format_is_part_of_the_key(tmp_path, cache):
     for name in ("a.csv", "a.tsv"):  # the same bytes mean one thing here and another there
         (tmp_path / name).write_text("source\ttarget,target\tsource\na\tb,c\td\n")
-    as_csv = token_rows(
-        config(tmp_path / "a.csv", source_field="source\ttarget", target_field="target\tsource"), "train", encoder(), "h", print
-    )  # fmt: skip
+    as_csv = rows_of(
+        config(tmp_path / "a.csv", source_field="source\ttarget", target_field="target\tsource"), encoder()
+    )
     with pytest.raises(UserError, match="no field"):
-        token_rows(
-            config(tmp_path / "a.tsv", source_field="source\ttarget", target_field="target\tsource"), "train", encoder(), "h", print
-        )  # fmt: skip
+        rows_of(config(tmp_path / "a.tsv", source_field="source\ttarget", target_field="target\tsource"), encoder())
     assert len(as_csv) == 1
 
 
@@ -446,13 +455,15 @@ def test_a_refused_file_leaves_nothing_in_the_cache(tmp_path, cache):
     path = write(tmp_path / "a.jsonl", PAIRS * 500)  # more than is written at once
     path.write_text(path.read_text() + "{\n")
     with pytest.raises(UserError, match="1501"):
-        token_rows(config(path), "train", encoder(), "hash", print)
+        rows_of(config(path), encoder())
     assert not files(cache)
 
 
 def write_rows(arguments: list) -> None:
     path, recipe = arguments
-    token_rows(config(path, recipe), "train", encoder(), "hash", print)
+    distributed.start()
+    rows_of(config(path, recipe), encoder())
+    distributed.stop()
 
 
 def test_a_killed_write_leaves_nothing_that_looks_whole(tmp_path, cache):
@@ -470,22 +481,11 @@ def test_a_killed_write_leaves_nothing_that_looks_whole(tmp_path, cache):
     assert group.wait() == [-signal.SIGKILL], group.said
     left = list(files(cache))
     assert left and all(name.endswith(".partial") for name in left)
-    rows = token_rows(config(path, str(recipe)), "train", encoder(), "hash", print)
+    rows = rows_of(config(path, str(recipe)), encoder())
     assert len(rows) == 1500
 
 
 # --- counts ---
-
-
-@pytest.fixture(scope="module")
-def alone():
-    """A process group of one, for what is a collective."""
-    before = dict(os.environ)
-    distributed.start()
-    yield
-    distributed.stop()
-    os.environ.clear()
-    os.environ.update(before)
 
 
 def random_pairs(number: int, seed: int = 0) -> list[dict]:
@@ -502,7 +502,7 @@ def rows(request, tmp_path, cache) -> tuple[TokenRows, Encoder]:
     """Token rows of random texts, of each kind of model: empty prompts, cut targets and dropped ones among them."""
     of = KINDS[request.param]()
     path = write(tmp_path / "random.jsonl", random_pairs(150))
-    return token_rows(config(path), "train", of, "hash", lambda said: None), of
+    return rows_of(config(path), of), of
 
 
 def collator(of: Encoder) -> Collator:
@@ -527,7 +527,7 @@ def test_counts_are_those_of_the_collated_labels(rows):
         assert torch.equal(sum(shares), rows.count(len(WORDS)).counts)
 
 
-def test_counts_are_cached_under_the_key_of_the_rows(rows, cache, alone):
+def test_counts_are_cached_under_the_key_of_the_rows(rows, cache):
     rows, _ = rows
     counted = label_frequencies(rows, "hash", len(WORDS), "corpus")
     assert torch.equal(counted.counts, rows.count(len(WORDS)).counts)
@@ -689,7 +689,7 @@ def test_collated_batch():
 
 def test_rows_are_read_in_order(tmp_path, cache):
     path = write(tmp_path / "a.jsonl", random_pairs(2500, seed=1))  # several batches of the writer
-    table = token_rows(config(path), "train", t5(), "hash", print).table
+    table = rows_of(config(path), t5()).table
     kept = (example for example in examples(config(path), "train") if example.target.strip())
     for example, found in islice(zip(kept, table, strict=True), 0, None, 97):
         assert found == row(t5(), example.source, example.target)

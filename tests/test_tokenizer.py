@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer, ByT5Tokenizer
 
 from pdl.config import UserError, load_config
-from pdl.data import Encoder, Example, examples
+from pdl.data import Encoder
+from pdl.records import Example, examples, examples_hash
 from pdl.tokenizer import load_tokenizer, run_tokenizer, tokenizer_hash, train_tokenizer
 
 TASKS = ["summarization", "dialogue", "style_transfer", "code_generation"]
@@ -30,7 +31,7 @@ def sample(request):
             for text in (example.source, example.target, *example.references)
         ]
         assert len(texts) >= 3 * 160 and all(texts)
-        yield config, run_tokenizer(config), texts
+        yield config, run_tokenizer(config, examples_hash(config, "train")), texts
 
 
 def altered(tokenizer, texts: list[str], **decoding) -> list[str]:
@@ -70,10 +71,10 @@ def test_special_tokens_are_there_and_not_added(sample):
 
 def test_a_second_call_opens_the_cache(sample):
     config, tokenizer, _ = sample
-    assert run_tokenizer(config).name_or_path == tokenizer.name_or_path
+    assert run_tokenizer(config, examples_hash(config, "train")).name_or_path == tokenizer.name_or_path
     made = Path(tokenizer.name_or_path)
     before = {path.name: path.stat().st_mtime_ns for path in made.iterdir()}
-    run_tokenizer(config)
+    run_tokenizer(config, examples_hash(config, "train"))
     assert {path.name: path.stat().st_mtime_ns for path in made.iterdir()} == before
     assert not list(made.parent.glob("*.partial"))
 

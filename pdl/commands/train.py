@@ -8,13 +8,15 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections.abc import Callable
 
 import yaml
 
-from pdl.config import UserError, flattened, load_config
+from pdl.config import Config, UserError, flattened, load_config
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_configuration(parser: argparse.ArgumentParser) -> None:
+    """The arguments of every command that reads a configuration and may be one rank of many."""
     parser.add_argument("config", metavar="CONFIG.yaml")
     parser.add_argument(
         "overrides",
@@ -22,30 +24,49 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="section.key=value",
         help="values over those of the file, in YAML; null is the default",
     )
-    parser.add_argument("--check", action="store_true", help="validate config and data, and end")
-    parser.add_argument("--print-config", action="store_true", help="print the resolved configuration, and end")
     # Given by the deepspeed launcher, which also sets LOCAL_RANK.
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
 
 
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_configuration(parser)
+    parser.add_argument("--check", action="store_true", help="validate config and data, and end")
+    parser.add_argument("--print-config", action="store_true", help="print the resolved configuration, and end")
+
+
 def main(arguments: argparse.Namespace) -> int:
-    if arguments.print_config or int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        # Nobody to agree with: what is wrong is said before the libraries are imported, which takes seconds.
+    if arguments.print_config:
         try:
             config = load_config(arguments.config, arguments.overrides, int(os.environ.get("WORLD_SIZE", "1")))
         except UserError as error:
             print(f"pdl: {error}", file=sys.stderr)
             return 2
-        if arguments.print_config:
-            print(yaml.safe_dump(config.to_dict(), sort_keys=False), end="")
-            return 0
+        print(yaml.safe_dump(config.to_dict(), sort_keys=False), end="")
+        return 0
+
+    def work(config: Config) -> int:
+        from pdl.run import check, train
+
+        return check(config) if arguments.check else train(config)
+
+    return with_configuration(arguments, work)
+
+
+def with_configuration(arguments: argparse.Namespace, work: Callable[[Config], int]) -> int:
+    """Do `work` with the configuration, as one rank of those that the environment describes. Returns the exit code."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        # Nobody to agree with: what is wrong is said before the libraries are imported, which takes seconds.
+        try:
+            load_config(arguments.config, arguments.overrides)
+        except UserError as error:
+            print(f"pdl: {error}", file=sys.stderr)
+            return 2
     from pdl import watch
 
     watch.start()  # before the imports, which take seconds
     from transformers.utils import logging
 
     from pdl import distributed
-    from pdl.run import check, train
 
     logging.disable_progress_bar()
     distributed.start()
@@ -54,7 +75,7 @@ def main(arguments: argparse.Namespace) -> int:
             lambda: load_config(arguments.config, arguments.overrides, distributed.world_size())
         )
         distributed.require_equal(flattened(config.to_dict()))
-        code = check(config) if arguments.check else train(config)
+        code = work(config)
     except UserError as error:
         distributed.say(f"pdl: {error}", file=sys.stderr)
         code = 2

@@ -26,7 +26,7 @@ from pdl import distributed
 from pdl.checkpoint import Checkpointer
 from pdl.config import Config, TrainingConfig
 from pdl.model import adamw, deepspeed_settings, initialize_engine
-from pdl.run_directory import find_storage
+from pdl.storage import find_storage
 from pdl.train import TrainerState
 
 WARM_UP = 10  # rounds until all the memory that the files are cached in was used once
