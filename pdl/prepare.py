@@ -105,6 +105,8 @@ def prepare(config: Config) -> Prepared:
         "frequencies": hashlib.sha256(frequencies.counts.numpy().tobytes()).hexdigest()[:32],
         "weights": hashlib.sha256(weights.numpy().tobytes()).hexdigest()[:32],
     }
+    if config.data.stream_by == "shards":
+        made_with["ranks (data.stream_by=shards)"] = distributed.world_size()
     distributed.require_equal(made_with)
     seen = int((frequencies.counts > 0).sum())
     share = float(

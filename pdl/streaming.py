@@ -45,7 +45,7 @@ def stream_key(config: Config, encoder: Encoder, data_hash: str, tokenizer_hash:
     data = config.data
     made_from = [
         data_hash, tokenizer_hash, encoder.is_encoder_decoder, data.max_source_tokens, data.max_target_tokens,
-        data.shuffle_buffer, data.stream_by, distributed.world_size() if data.stream_by == "shards" else None,
+        data.shuffle_buffer, data.stream_by,
     ]  # fmt: skip
     return hashlib.sha256(json.dumps(made_from).encode()).hexdigest()[:32]
 

@@ -8,6 +8,7 @@ import random
 import signal
 from collections import Counter
 from itertools import islice
+from pathlib import Path
 
 import datasets
 import pyarrow as pa
@@ -21,7 +22,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from pdl import distributed
+from pdl import data, distributed
 from pdl.config import Config, DataConfig, UserError, hub_address
 from pdl.data import (
     IGNORE,
@@ -483,6 +484,42 @@ def test_a_killed_write_leaves_nothing_that_looks_whole(tmp_path, cache):
     assert left and all(name.endswith(".partial") for name in left)
     rows = rows_of(config(path, str(recipe)), encoder())
     assert len(rows) == 1500
+
+
+def share_the_work(told: list) -> None:
+    """One rank: tokenizes with the others, and leaves its rows, how many examples it tokenized itself, and its counts of a text."""
+    path, text, left = told
+    data.BLOCK = 7
+    distributed.start()
+    of, own = encoder(), []
+    rows, take = of.rows, lambda batch: own.append(len(batch)) or rows(batch)
+    of.rows = take
+    found = rows_of(config(path), of)
+    counts = text_frequencies(Path(text), word_tokenizer(None), "hash", len(WORDS)).counts.tolist()
+    left.write_text(json.dumps([found.table[:], found.report, sum(own), counts]))
+    distributed.stop()
+
+
+def test_ranks_that_share_a_cache_share_the_work(tmp_path, cache):
+    """Ranks 0 and 1 are a node, rank 2 is one of its own, with another file system."""
+    path, text = write(tmp_path / "a.jsonl", random_pairs(150)), tmp_path / "a.txt"
+    text.write_text("".join(pair["source"] + "\n" for pair in random_pairs(40, seed=1)))
+    places = [("0", "node0"), ("1", "node0"), ("0", "node1")]
+    group = Group(
+        [
+            Rank([str(path), str(text), tmp_path / f"{rank}.json"], environment={"LOCAL_RANK": local, "PDL_CACHE": str(tmp_path / node)})
+            for rank, (local, node) in enumerate(places)
+        ],
+        share_the_work,
+    )  # fmt: skip
+    assert group.wait() == [0, 0, 0], group.said
+    left = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(3)]
+    alone = rows_of(config(path), encoder())
+    counts = text_frequencies(text, word_tokenizer(None), "hash", len(WORDS)).counts.tolist()
+    assert [rest[:2] + rest[3:] for rest in left] == [[alone.table[:], alone.report, counts]] * 3
+    assert [tokenized for _, _, tokenized, _ in left] == [77, 73, 150]  # blocks of 7 in turn
+    for node in ("node0", "node1"):
+        assert {file.suffix for file in (tmp_path / node).iterdir()} == {".arrow", ".json", ".safetensors"}
 
 
 # --- counts ---
