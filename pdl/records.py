@@ -215,11 +215,15 @@ def source_hash(source: Any) -> str:
         return "+".join(source_hash(path) for path in (source["source"], source["target"]))
     if source.startswith("hub:"):
         return hub_dataset(source)._fingerprint
-    hashes = []
-    for path in files_of(source):
-        with path.open("rb") as file:
-            hashes.append(hashlib.file_digest(file, "sha256").hexdigest() + path.suffix)
-    return "+".join(hashes)
+    states = [(path, path.stat()) for path in files_of(source)]
+    return "+".join(_file_hash(path, state.st_size, state.st_mtime_ns) + path.suffix for path, state in states)
+
+
+@functools.lru_cache
+def _file_hash(path: Path, size: int, modified: int) -> str:
+    """Of its contents. size, modified: what is no longer what was hashed is hashed again."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 _ENDS = 1 << 20  # bytes at the beginning and end of a file that are hashed where it is not read whole

@@ -80,7 +80,7 @@ def train(config: Config) -> int:
         outcome = {
             "state": "stopped",
             "reason": f"stopped by a signal; checkpoint {status.checkpoint}",
-            "restart": False,
+            "restart": "PDL_ELASTIC" in os.environ,  # torchrun stops the ranks when a node joins, and starts them again
         }
         say(f"pdl: stopped at step {status.checkpoint}, saved; the same command goes on from there", file=sys.stderr)
     except UnsupportedModel as error:
