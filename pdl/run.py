@@ -30,6 +30,7 @@ from pdl.model import (
     initialize_engine,
     load_model,
 )
+from pdl.preflight import preflight
 from pdl.prepare import Prepared, prepare
 from pdl.report import Progress, opening, report
 from pdl.run_directory import (
@@ -68,6 +69,7 @@ def train(config: Config) -> int:
             f"{directory} is finished: its results are in report.json; name another training.output_dir for another run"
         )
         return 0
+    preflight(config)
     prepared = prepare(config)
     watch.begin()
     storage, resume, status = claim(config, prepared, directory)

@@ -354,7 +354,7 @@ def test_commands_of_a_readme_are_accepted(document, tmp_path, monkeypatch, caps
         elif words[0].startswith("launch/"):
             arguments = ["train", *words[1:]]
         else:
-            arguments = words[words.index("pdl") + 1 :]
+            arguments = ["train", *words[words.index("pdl") + 2 :]]  # other commands read configurations alike
         monkeypatch.setenv("WORLD_SIZE", str(int(settings.get("NPROC", 1)) * int(settings.get("NNODES", 1))))
         assert main([*arguments, "--print-config"]) == 0, f"{line}\n{capsys.readouterr().err}"
     assert commands

@@ -20,12 +20,14 @@ def main(arguments: argparse.Namespace) -> int:
 
 
 def _count(config) -> int:
-    from pdl.config import UserError
+    from pdl import distributed
+    from pdl.config import UserError, flattened
     from pdl.prepare import data_hashes, encoding
     from pdl.streaming import count_corpus
 
     if config.loss.frequencies is None:
         raise UserError("loss.frequencies is missing: name the file to write, loss.frequencies=counts.safetensors")
+    distributed.require_equal(flattened(config.to_dict()))
     data_hash = data_hashes(config)["train"]
     _, encoder, tokenizer_hash, vocab_size = encoding(config, data_hash)
     count_corpus(config, encoder, data_hash, tokenizer_hash, vocab_size)

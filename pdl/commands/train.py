@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 import yaml
 
-from pdl.config import Config, UserError, flattened, load_config
+from pdl.config import Config, UserError, load_config
 
 
 def add_configuration(parser: argparse.ArgumentParser) -> None:
@@ -66,15 +66,14 @@ def with_configuration(arguments: argparse.Namespace, work: Callable[[Config], i
     watch.start()  # before the imports, which take seconds
     from transformers.utils import logging
 
-    from pdl import distributed
+    from pdl import distributed, preflight
 
     logging.disable_progress_bar()
     distributed.start()
     try:
-        config = distributed.together(
+        config = preflight.on_every_host(
             lambda: load_config(arguments.config, arguments.overrides, distributed.world_size())
         )
-        distributed.require_equal(flattened(config.to_dict()))
         code = work(config)
     except UserError as error:
         distributed.say(f"pdl: {error}", file=sys.stderr)
