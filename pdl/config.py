@@ -466,6 +466,11 @@ def _check_streaming(config: Config, world_size: int, need: Callable[[bool, str]
         for key in ("stream_by", "shuffle_buffer"):
             need(getattr(data, key) == getattr(defaults, key), f"data.{key} is for data.streaming=true")
         return
+    if isinstance(data.train, str) and _HUB.fullmatch(data.train):
+        need(
+            hub_address(data.train)["revision"] is not None,
+            f"data.train={data.train} may change while it is streamed: state a revision, hub:owner/name@REVISION:split",
+        )
     need(data.shuffle_buffer > 0, f"data.shuffle_buffer={data.shuffle_buffer} must be > 0")
     need(
         config.training.epochs is None, "training.epochs: the length of a stream is not known; state training.max_steps"
@@ -495,8 +500,10 @@ def _check_streaming(config: Config, world_size: int, need: Callable[[bool, str]
 
 
 def files_of(source: str) -> list[Path]:
-    """The files of a path, or of a pattern with `*`, sorted."""
-    return [Path(source)] if Path(source).is_file() else sorted(map(Path, glob.glob(source)))
+    """The files of a path, or of a pattern with `*` (in a name) or `**` (through directories), sorted."""
+    if Path(source).is_file():
+        return [Path(source)]
+    return sorted(path for path in map(Path, glob.glob(source, recursive=True)) if path.is_file())
 
 
 def _check_data_source(name: str, value: Any, problems: list[str]) -> None:

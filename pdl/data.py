@@ -151,6 +151,15 @@ def _flat(lists) -> torch.Tensor:
     return torch.from_dlpack(flat.drop_null() if flat.null_count else flat)
 
 
+def rows_key(encoder: Encoder, data_hash: str, tokenizer_hash: str) -> str:
+    """A hash of all that token rows depend on."""
+    made_from = [
+        _FORMAT, data_hash, tokenizer_hash, inspect.getsource(Encoder),
+        encoder.is_encoder_decoder, encoder.max_source_tokens, encoder.max_target_tokens,
+    ]  # fmt: skip
+    return hashlib.sha256(json.dumps(made_from).encode()).hexdigest()[:32]
+
+
 def token_rows(config: Config, split: str, encoder: Encoder, data_hash: str, tokenizer_hash: str) -> TokenRows:
     """Tokenize a split, or open it from the cache. A collective: the ranks that share a cache share the work.
 
@@ -159,11 +168,7 @@ def token_rows(config: Config, split: str, encoder: Encoder, data_hash: str, tok
     """
     import datasets
 
-    made_from = [
-        _FORMAT, data_hash, tokenizer_hash, inspect.getsource(Encoder),
-        encoder.is_encoder_decoder, encoder.max_source_tokens, encoder.max_target_tokens,
-    ]  # fmt: skip
-    key = hashlib.sha256(json.dumps(made_from).encode()).hexdigest()[:32]
+    key = rows_key(encoder, data_hash, tokenizer_hash)
     path = cache_directory() / f"{key}.arrow"
     if not all(distributed.gathered(path.exists())):
         _tokenize(config, split, encoder, path)
@@ -223,9 +228,10 @@ def _tokenize(config: Config, split: str, encoder: Encoder, path: Path) -> None:
                 notes.write_text(json.dumps(sum(map(Counter, reports), Counter())))
 
     try:
-        reports = distributed.gathered(distributed.together(own_blocks))
+        what = f"filling the cache {path.parent}"
+        reports = distributed.gathered(distributed.together(own_blocks, what))
         distributed.together(
-            lambda: join([reports[rank] for rank in storage.ranks]) if wanted and storage.writes else None
+            lambda: join([reports[rank] for rank in storage.ranks]) if wanted and storage.writes else None, what
         )
     finally:
         if storage.writes:
@@ -240,6 +246,7 @@ def text_frequencies(path: Path, tokenizer, tokenizer_hash: str, vocab_size: int
     if path.suffix == ".safetensors":
         return load_frequencies("loss.general_corpus", path, tokenizer_hash, vocab_size)
     made_from = [distributed.once_per_node(lambda: source_hash(str(path))), tokenizer_hash, vocab_size]
+    distributed.require_equal({"loss.general_corpus": made_from})
     key = hashlib.sha256(json.dumps(made_from).encode()).hexdigest()[:32]
     cached = cache_directory() / f"text-{key}.safetensors"
     if all(distributed.gathered(cached.exists())):
@@ -287,9 +294,13 @@ def label_frequencies(rows: TokenRows, tokenizer_hash: str, vocab_size: int, cor
 
 def _kept(frequencies: TokenFrequencies, path: Path) -> TokenFrequencies:
     """The same, in the cache of each node for the next run."""
-    if distributed.local_rank() == 0:
-        with whole_file(path) as partial:
-            frequencies.save(partial)
+
+    def keep() -> None:
+        if distributed.local_rank() == 0:
+            with whole_file(path) as partial:
+                frequencies.save(partial)
+
+    distributed.together(keep, f"filling the cache {path.parent}")
     return frequencies
 
 

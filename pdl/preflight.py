@@ -221,9 +221,8 @@ def _data(config: Config) -> dict[str, str]:
     """Hashes of what the configuration names and this host has."""
     splits = [split for split in ("train", "validation", "test") if getattr(config.data, split) is not None]
     hashes = {f"data.{split}": examples_hash(config, split)[:12] for split in splits}
-    for key in ("general_corpus", "frequencies"):
-        if (path := getattr(config.loss, key)) is not None:
-            hashes[f"loss.{key}"] = source_hash(path)[:12] if Path(path).is_file() else "no such file"
+    if (path := config.loss.general_corpus) is not None:
+        hashes["loss.general_corpus"] = source_hash(path)[:12] if Path(path).is_file() else "no such file"
     for section in (config.model, config.tokenizer):
         if section.name_or_path is not None:
             hashes[f"{section.name_or_path}/"] = _directory_hash(Path(section.name_or_path))

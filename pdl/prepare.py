@@ -12,12 +12,12 @@ import torch
 
 from pdl import distributed
 from pdl.config import Config, UserError
-from pdl.data import Encoder, TokenRows, label_frequencies, load_frequencies, text_frequencies, token_rows
+from pdl.data import Encoder, TokenRows, label_frequencies, load_frequencies, rows_key, text_frequencies, token_rows
 from pdl.distributed import say
 from pdl.frequencies import TokenFrequencies
 from pdl.model import check_sharding, load_model_config
 from pdl.records import Example, examples, examples_hash
-from pdl.streaming import stream_key
+from pdl.streaming import first_rows, stream_key
 from pdl.tokenizer import run_tokenizer, tokenizer_hash
 from pdl.weights import loss_weights
 
@@ -35,10 +35,11 @@ class Prepared:
     made_with: dict  # must be the same when the run is continued
 
 
-def data_hashes(config: Config) -> dict[str, str]:
-    """A hash of the examples of each split. A collective: one rank of each node reads them."""
-    splits = [split for split in ("train", "validation", "test") if getattr(config.data, split) is not None]
-    return distributed.once_per_node(lambda: {split: examples_hash(config, split) for split in splits})
+def data_hashes(config: Config, *splits: str) -> dict[str, str]:
+    """A hash of the examples of each split, the same on every rank. A collective: one rank of each node reads them."""
+    hashes = distributed.once_per_node(lambda: {split: examples_hash(config, split) for split in splits})
+    distributed.require_equal({f"data.{split}": hashed for split, hashed in hashes.items()})
+    return hashes
 
 
 def encoding(config: Config, data_hash: str) -> tuple[Any, Encoder, str, int]:
@@ -55,27 +56,46 @@ def encoding(config: Config, data_hash: str) -> tuple[Any, Encoder, str, int]:
         )
         return tokenizer, encoder, tokenizer_hash(tokenizer), settings.get_text_config().vocab_size
 
-    return distributed.first_then_rest(load)
+    tokenizer, encoder, hashed, vocab_size = distributed.first_then_rest(load)
+    distributed.require_equal({"the tokenizer": hashed, "the vocabulary": vocab_size})
+    return tokenizer, encoder, hashed, vocab_size
 
 
-def _counted_before(config: Config, hashed: str, vocab_size: int) -> TokenFrequencies:
+def _counted_before(config: Config, key: str, hashed: str, vocab_size: int) -> TokenFrequencies:
+    """What rank 0 finds in the file that `loss.frequencies` names. A collective.
+
+    key: of the rows that are trained on. Counts of others may be meant; they are said to be.
+    """
     path = Path(config.loss.frequencies)
-    if not path.exists():
-        raise UserError(
-            f"loss.frequencies={path} does not exist: `python -m pdl count` with this configuration writes it"
+
+    def load() -> TokenFrequencies | None:
+        if distributed.rank() > 0:
+            return None
+        if not path.exists():
+            raise UserError(
+                f"loss.frequencies={path} does not exist: `python -m pdl count` with this configuration writes it"
+            )
+        return load_frequencies("loss.frequencies", path, hashed, vocab_size)
+
+    frequencies = distributed.gathered(distributed.together(load))[0]
+    if not frequencies.corpus.endswith(key):
+        say(
+            f"note: loss.frequencies={path} was not counted over this run's data and length limits, but over "
+            f"{frequencies.corpus or 'a corpus without a name'}"
         )
-    return load_frequencies("loss.frequencies", path, hashed, vocab_size)
+    return frequencies
 
 
 def prepare(config: Config) -> Prepared:
     """Tokenizer, token rows, frequencies and weights. Raises UserError, on all ranks, for data that cannot be used."""
 
     distributed.together(lambda: check_sharding(config))
-    hashes = data_hashes(config)
+    hashes = data_hashes(config, "train", "validation")
     tokenizer, encoder, hashed, vocab_size = encoding(config, hashes["train"])
     train = None
     if config.data.streaming:
         train_key = stream_key(config, encoder, hashes["train"], hashed)
+        distributed.together(lambda: first_rows(config, encoder))
     else:
         train = token_rows(config, "train", encoder, hashes["train"], hashed)
         train_key = train.key
@@ -85,7 +105,7 @@ def prepare(config: Config) -> Prepared:
     if not scored and config.evaluation.examples:
         raise UserError(f"data.{scored_split}={getattr(config.data, scored_split)} holds no example to generate from")
     if config.loss.frequencies is not None:
-        frequencies = distributed.together(lambda: _counted_before(config, hashed, vocab_size))
+        frequencies = _counted_before(config, rows_key(encoder, hashes["train"], hashed), hashed, vocab_size)
     else:
         frequencies = label_frequencies(train, hashed, vocab_size, str(config.data.train))
     general = None

@@ -6,6 +6,7 @@ import csv
 import functools
 import hashlib
 import importlib.util
+import itertools
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,7 +30,7 @@ def records(source: Any, shard: tuple[int, int] | None = None, streaming: bool =
     without being downloaded first.
     """
     if isinstance(source, dict):
-        yield from _parallel_records(source["source"], source["target"])
+        yield from _parallel_records(source["source"], source["target"], counted=not streaming)
     elif source.startswith("hub:"):
         rows = hub_stream(source, shard) if streaming else hub_dataset(source)
         for number, record in enumerate(rows):
@@ -92,15 +93,21 @@ def _parquet(path: Path) -> Iterator[tuple[int, Any]]:
         raise UserError(f"{path} is not a Parquet file: {error}") from error
 
 
-def _parallel_records(source: str, target: str) -> Iterator[tuple[str, dict]]:
+def _parallel_records(source: str, target: str, counted: bool) -> Iterator[tuple[str, dict]]:
+    """counted: whether the lines are counted before the first is given; a stream finds out at the end."""
     with open(source, "rb") as source_lines, open(target, "rb") as target_lines:
-        sizes = [sum(1 for _ in lines) for lines in (source_lines, target_lines)]
+        sizes = [sum(1 for _ in lines) for lines in (source_lines, target_lines)] if counted else [0, 0]
         if sizes[0] != sizes[1]:
             raise UserError(
                 f"parallel files must have as many lines as each other: {source} has {sizes[0]}, {target} has {sizes[1]}"
             )
         source_lines.seek(0), target_lines.seek(0)
-        for number, pair in enumerate(zip(source_lines, target_lines, strict=True), 1):
+        for number, pair in enumerate(itertools.zip_longest(source_lines, target_lines), 1):
+            if None in pair:
+                shorter = source if pair[0] is None else target
+                raise UserError(
+                    f"parallel files must have as many lines as each other: {shorter} ends before line {number}"
+                )
             record = {}
             for name, path, line in zip(("source", "target"), (source, target), pair, strict=True):
                 try:

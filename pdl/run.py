@@ -241,7 +241,7 @@ def train_model(config: Config, prepared: Prepared, storage: Storage, resume: Re
         save()
         checkpointer.settle()
         raise
-    except RunFailed:
+    except (RunFailed, UserError):
         with contextlib.suppress(RunFailed):
             checkpointer.settle()  # the checkpoint before what failed is a good one
         raise

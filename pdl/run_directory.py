@@ -232,6 +232,7 @@ def differences(stored: dict, config: Config, world_size: int | None) -> list[st
     world_size: the number of ranks it ran on. On another number micro-batches may have another size too.
     """
     wanted = flattened(config.to_dict())
+    stored = flattened(Config().to_dict()) | stored  # settings that did not exist when the run began
     changed = {key for key in stored | wanted if stored.get(key) != wanted.get(key)} - _MAY_CHANGE
     if world_size != distributed.world_size():
         changed -= {"training.micro_batch_size"}

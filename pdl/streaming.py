@@ -14,7 +14,7 @@ import torch
 
 from pdl import distributed, watch
 from pdl.config import Config, UserError
-from pdl.data import BLOCK, IGNORE, Batch, Collator, Encoder, batched, unlabelled, whole_file
+from pdl.data import BLOCK, IGNORE, Batch, Collator, Encoder, batched, rows_key, unlabelled, whole_file
 from pdl.distributed import say
 from pdl.frequencies import TokenFrequencies
 from pdl.records import Example, placed_examples
@@ -42,12 +42,15 @@ def shuffled(items: Iterator, size: int, seed: str) -> Iterator:
 
 def stream_key(config: Config, encoder: Encoder, data_hash: str, tokenizer_hash: str) -> str:
     """A hash of all that the rows of a stream and their order depend on; what `TokenRows.key` is for rows in a cache."""
-    data = config.data
-    made_from = [
-        data_hash, tokenizer_hash, encoder.is_encoder_decoder, data.max_source_tokens, data.max_target_tokens,
-        data.shuffle_buffer, data.stream_by,
-    ]  # fmt: skip
+    made_from = [rows_key(encoder, data_hash, tokenizer_hash), config.data.shuffle_buffer, config.data.stream_by]
     return hashlib.sha256(json.dumps(made_from).encode()).hexdigest()[:32]
+
+
+def first_rows(config: Config, encoder: Encoder) -> None:
+    """Read the beginning of this rank's stream. Raises UserError where it cannot be read as examples."""
+    shard = (distributed.rank(), distributed.world_size()) if config.data.stream_by == "shards" else None
+    placed = islice(training_examples(config, shard=shard, streaming=True), 8)
+    encoder.rows([example for _, example in placed])
 
 
 @dataclass
@@ -78,7 +81,10 @@ class StreamedBatches:
         if step != self._next:
             self._stream = self._endless((rank, world_size) if self._own_files else None)
             for passed in range(0, step * size, _PASSED_BETWEEN_BEATS):
-                watch.beat(f"passing over {step * size} examples that were trained on")
+                watch.beat(doing := f"passing over {step * size:,} examples that were trained on")
+                if passed:
+                    say(f"{doing}: {passed:,}")
+                    watch.agree(doing)
                 number = min(_PASSED_BETWEEN_BEATS, step * size - passed)
                 next(islice(self._stream, number, number), None)
         self._examples = list(islice(self._stream, size))
@@ -124,8 +130,9 @@ def count_corpus(config: Config, encoder: Encoder, data_hash: str, tokenizer_has
     another count.
     """
     target = Path(config.loss.frequencies)
-    corpus = f"{config.data.train} {data_hash[:16]}"
-    notes = target.with_name(f".{target.name}.{data_hash[:8]}{tokenizer_hash[:8]}.partial")
+    key = rows_key(encoder, data_hash, tokenizer_hash)
+    corpus = f"{config.data.train} {key}"
+    notes = target.with_name(f".{target.name}.{key}.partial")
     rank, world_size = distributed.rank(), distributed.world_size()
 
     def begin() -> tuple[torch.Tensor, int] | None:
@@ -134,7 +141,10 @@ def count_corpus(config: Config, encoder: Encoder, data_hash: str, tokenizer_has
         if target.exists():
             found = TokenFrequencies.load(target)
             if (found.corpus, found.tokenizer_hash, len(found.counts)) != (corpus, tokenizer_hash, vocab_size):
-                raise UserError(f"loss.frequencies={target} holds another count, of {found.corpus}: name another file")
+                raise UserError(
+                    f"loss.frequencies={target} holds another count, of {found.corpus or 'a corpus without a name'}, or with other "
+                    "length limits or another tokenizer: name another file"
+                )
             return found.counts, -1
         target.parent.mkdir(parents=True, exist_ok=True)
         if not notes.exists():
@@ -172,7 +182,7 @@ def count_corpus(config: Config, encoder: Encoder, data_hash: str, tokenizer_has
 
     read = 1
     while read:
-        counted, read = distributed.together(own_round)
+        counted, read = distributed.together(own_round, "counting")
         counts += counted.all_reduce().counts
         blocks_done += read
         if read:

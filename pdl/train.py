@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from pdl import distributed, watch
+from pdl.config import UserError
 from pdl.data import Batch, Collator, GlobalBatches, TokenRows, validation_batches
 from pdl.distributed import RunFailed
 from pdl.loss_head import LossHead, loss_of
@@ -101,9 +102,8 @@ class Trainer:
         watch.beat(f"training step {step}")
         for group in self.engine.optimizer.param_groups:
             group["lr"] = self.learning_rate(step)
-        window = self.batches.window(step, distributed.rank(), distributed.world_size())
-        window = [batch.to(self.weights.device) for batch in window]
-        denominator = self.global_denominator(step, window)
+        window, unreadable = self.window(step)
+        denominator = self.global_denominator(step, window, unreadable)
         all_sums, finite = [], torch.ones((), device=self.weights.device)
         for number, batch in enumerate(window):
             loss, sums = loss_of(self.engine, self.head, batch.inputs, batch.labels, self.weights, denominator)
@@ -123,17 +123,29 @@ class Trainer:
             self.meter.add(sums, batch.labels, read=_tokens_read(batch))
         return True
 
-    def global_denominator(self, step: int, window: list[Batch]) -> torch.Tensor:
+    def window(self, step: int) -> tuple[list[Batch], UserError | None]:
+        """This rank's micro-batches, or why they cannot be read: only a stream finds out so late, and maybe on one rank alone."""
+        try:
+            window = self.batches.window(step, distributed.rank(), distributed.world_size())
+        except UserError as error:
+            return [], error
+        return [batch.to(self.weights.device) for batch in window], None
+
+    def global_denominator(self, step: int, window: list[Batch], unreadable: UserError | None = None) -> torch.Tensor:
         """What the loss of a global batch is divided by, float64: sum(w), N or 1 over all its supervised tokens. One all-reduce.
 
-        In it all ranks agree whether to stop, too: raises Stopped before anything of the step is done.
+        In it all ranks agree whether to stop, too: raises Stopped, or what is unreadable to any of them, before anything of
+        the step is done.
         """
-        labels = torch.cat([batch.labels.flatten() for batch in window])
+        labels = torch.cat([self.weights.new_empty(0, dtype=torch.long), *(batch.labels.flatten() for batch in window)])
         labels = labels[labels != -100]
         weight = self.weights[labels].double().sum()
-        sums = torch.stack([weight, weight.new_tensor(len(labels)), weight.new_tensor(watch.asked())])
+        told = [len(labels), watch.asked(), unreadable is not None]
+        sums = torch.stack([weight, *map(weight.new_tensor, told)])
         dist.all_reduce(sums)
-        weight, tokens, asked = sums
+        weight, tokens, asked, unread = sums
+        if unread:
+            raise next(filter(None, distributed.gathered(unreadable)))
         if asked:
             raise watch.Stopped
         denominator = {"weighted_mean": weight, "token_mean": tokens, "sum": torch.ones_like(tokens)}[self.reduction]

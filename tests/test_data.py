@@ -152,6 +152,18 @@ def test_places_are_lines_of_the_file(tmp_path):
     assert [place for place, _ in records(str(tmp_path / "a.csv"))] == [f"{tmp_path}/a.csv:{n}" for n in (2, 4, 5)]
 
 
+def test_a_pattern_is_its_files_in_order(tmp_path):
+    for name in ("b/2.jsonl", "a.jsonl", "b/c/3.jsonl"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        write(tmp_path / name, [{"name": name}])
+    (tmp_path / "b/directory.jsonl").mkdir()
+    assert [record["name"] for record in read(tmp_path / "**/*.jsonl")] == ["a.jsonl", "b/2.jsonl", "b/c/3.jsonl"]
+    assert [record["name"] for record in read(tmp_path / "*/*.jsonl")] == ["b/2.jsonl"]
+    before = source_hash(str(tmp_path / "**/*.jsonl"))
+    write(tmp_path / "b/c/3.jsonl", [{"name": "other"}])
+    assert source_hash(str(tmp_path / "**/*.jsonl")) != before
+
+
 @pytest.mark.parametrize("name, content", [("a.jsonl", '{"a": "1"}\n{\n'), ("a.csv", 'a\n1\n"2\n')])
 def test_records_are_streamed(tmp_path, name, content):
     (tmp_path / name).write_text(content)

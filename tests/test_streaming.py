@@ -19,10 +19,11 @@ from test_data import encoder, random_pairs, rows_of, t5
 from tokenizers.normalizers import Replace
 
 from pdl import distributed, streaming
-from pdl.config import UserError, load_config
+from pdl.config import UserError, flattened, load_config
 from pdl.data import IGNORE, Collator, Encoder
 from pdl.frequencies import TokenFrequencies
 from pdl.records import examples_hash, records
+from pdl.run_directory import differences
 from pdl.streaming import StreamedBatches, count_corpus, shuffled, training_examples
 
 WORDS = 30  # of test_data's tokenizer
@@ -251,6 +252,53 @@ def test_files_of_their_own_bind_a_run_to_its_ranks(tmp_path, streamed):
     )
     again = train(tmp_path / "run", *overrides)
     assert again.exit_codes() == [0, 0] and status(tmp_path / "run")["state"] == "done"
+    assert "was not counted over this run's data" in again.output()
+
+
+def test_what_one_rank_cannot_read_ends_all(tmp_path, streamed):
+    lines = (REPOSITORY / "recipes/summarization/sample/train.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "part-0.jsonl").write_text("".join(lines[::2]))
+    (tmp_path / "part-1.jsonl").write_text("".join([*lines[1:101:2], "{\n", *lines[101::2]]))
+    shards = [*streamed, f"data.train={tmp_path}/part-*.jsonl", "data.stream_by=shards", "training.save_every=1"]
+    run = train(tmp_path / "run", *shards)
+    assert run.exit_codes() == [2, 2], run.output()
+    assert "part-1.jsonl:51: not valid JSON" in run.output() and "Traceback" not in run.output()
+    ended = status(tmp_path / "run")
+    assert (ended["state"], ended["restart"]) == ("refused", False) and ended["checkpoint"] >= 2
+    assert [path.name for path in (tmp_path / "run/checkpoints").glob("partial*")] == []
+
+
+def test_a_count_is_of_the_same_data_and_lengths_on_every_rank(tmp_path, streamed):
+    other = Group([Rank(["count", SAMPLE, *SMALL, *streamed, "data.max_target_tokens=10"])])
+    assert other.wait() == [2] and "holds another count" in other.said[0]
+    for rank in range(2):
+        (tmp_path / f"rank{rank}").mkdir()
+        (tmp_path / f"rank{rank}/mine.jsonl").write_text(
+            json.dumps({"document": "a", "summary": "b" * (rank + 1)}) + "\n"
+        )
+    told = [
+        "count",
+        str(REPOSITORY / SAMPLE),
+        *SMALL,
+        *streamed,
+        "data.train=mine.jsonl",
+        f"loss.frequencies={tmp_path}/c.safetensors",
+    ]
+    told += [f"data.validation={REPOSITORY}/recipes/summarization/sample/validation.jsonl", "data.test=null"]
+    told += [f"deepspeed={REPOSITORY}/configs/deepspeed/zero2.json"]
+    apart = Group([Rank(told, tmp_path / f"rank{rank}", {"LOCAL_RANK": "0"}) for rank in range(2)])
+    assert apart.wait() == [2, 2], apart.said
+    assert "the ranks disagree" in apart.said[0] and "data.train" in apart.said[0]
+    assert not list(tmp_path.glob("*c.safetensors*"))
+
+
+def test_a_run_from_before_a_setting_existed_goes_on(group_of_one):
+    config = load_config(SAMPLE)
+    stored = flattened(config.to_dict())
+    del stored["data.streaming"], stored["loss.frequencies"]
+    assert differences(stored, config, 1) == []
+    config.data.streaming = True
+    assert differences(stored, config, 1) == ["data.streaming: False there, True asked for"]
 
 
 def test_what_a_stream_cannot_honour_is_refused_all_at_once():

@@ -16,7 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(arguments: argparse.Namespace) -> int:
-    return with_configuration(arguments, _count)
+    return with_configuration(arguments, _count, ranks=1)  # a count fits any number, whatever the batches do
 
 
 def _count(config) -> int:
@@ -28,7 +28,7 @@ def _count(config) -> int:
     if config.loss.frequencies is None:
         raise UserError("loss.frequencies is missing: name the file to write, loss.frequencies=counts.safetensors")
     distributed.require_equal(flattened(config.to_dict()))
-    data_hash = data_hashes(config)["train"]
+    data_hash = data_hashes(config, "train")["train"]
     _, encoder, tokenizer_hash, vocab_size = encoding(config, data_hash)
     count_corpus(config, encoder, data_hash, tokenizer_hash, vocab_size)
     return 0

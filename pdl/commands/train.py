@@ -52,8 +52,11 @@ def main(arguments: argparse.Namespace) -> int:
     return with_configuration(arguments, work)
 
 
-def with_configuration(arguments: argparse.Namespace, work: Callable[[Config], int]) -> int:
-    """Do `work` with the configuration, as one rank of those that the environment describes. Returns the exit code."""
+def with_configuration(arguments: argparse.Namespace, work: Callable[[Config], int], ranks: int | None = None) -> int:
+    """Do `work` with the configuration, as one rank of those that the environment describes. Returns the exit code.
+
+    ranks: the number that the configuration is to fit; default: those there are.
+    """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         # Nobody to agree with: what is wrong is said before the libraries are imported, which takes seconds.
         try:
@@ -72,7 +75,7 @@ def with_configuration(arguments: argparse.Namespace, work: Callable[[Config], i
     distributed.start()
     try:
         config = preflight.on_every_host(
-            lambda: load_config(arguments.config, arguments.overrides, distributed.world_size())
+            lambda: load_config(arguments.config, arguments.overrides, ranks or distributed.world_size())
         )
         code = work(config)
     except UserError as error:
