@@ -6,7 +6,10 @@ PORT ?= 6006
 export NPROC
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-.PHONY: help install $(TRAIN) test test-slow test-faults lint tensorboard clean
+LAUNCH := launch-torchrun launch-deepspeed launch-slurm
+SAMPLE := configs/summarization/sample.yaml
+
+.PHONY: help install $(TRAIN) $(LAUNCH) test test-slow test-faults test-cluster lint tensorboard clean
 
 help:
 	@echo "make install                install everything into .venv; the other targets do it when they need it"
@@ -14,9 +17,13 @@ help:
 	@echo "make train-dialogue         ... a conversation to its next turn"
 	@echo "make train-style-transfer   ... a sentence to the same one in another style"
 	@echo "make train-code-generation  ... a description to a Python function"
+	@echo "make launch-torchrun        finetune on several nodes under torchrun: on the hosts of HOSTS=, a file, over ssh"
+	@echo "make launch-deepspeed       ... under the deepspeed launcher"
+	@echo "make launch-slurm           ... as a Slurm job on NNODES= nodes"
 	@echo "make test                   the tests, ARGS go to pytest"
 	@echo "make test-slow              the long tests: every layout of ranks, every kind of model"
 	@echo "make test-faults            runs that are killed, stopped, damaged and starved, and what became of them"
+	@echo "make test-cluster           the launchers on several hosts, which are namespaces of this machine; needs root"
 	@echo "make lint                   ruff, checks and format"
 	@echo "make tensorboard            show all runs at http://127.0.0.1:$(PORT); another port with PORT="
 	@echo "make clean                  remove caches and build files; runs and .venv stay"
@@ -33,6 +40,13 @@ endif
 $(TRAIN): train-%: .venv/installed
 	@launch/torchrun.sh $(or $(CONFIG),configs/$(subst -,_,$*)/sample.yaml) $(ARGS)
 
+# Without HOSTS= each node runs the command itself, with the variables that launch/<launcher>.sh --help lists.
+launch-torchrun launch-deepspeed: launch-%: .venv/installed
+	@$(if $(HOSTS),HOSTFILE="$(HOSTS)" )launch/$*.sh $(or $(CONFIG),$(SAMPLE)) $(ARGS)
+
+launch-slurm: .venv/installed
+	@sbatch $(if $(NNODES),--nodes=$(NNODES) )launch/slurm.sbatch $(or $(CONFIG),$(SAMPLE)) $(ARGS)
+
 test: .venv/installed
 	python -m pytest $(ARGS)
 
@@ -41,6 +55,18 @@ test-slow: .venv/installed
 
 test-faults: .venv/installed
 	python -m pytest -m "faults or not slow" tests/test_faults.py tests/test_launch.py tests/test_checkpoint.py $(ARGS)
+
+CLUSTER_TOOLS := ip:iproute2 unshare:util-linux ps:procps ssh:openssh-client sshd:openssh-server pdsh:pdsh \
+	slurmctld:slurmctld slurmd:slurmd sbatch:slurm-client munged:munge
+
+test-cluster: .venv/installed
+	@missing=; for tool in $(CLUSTER_TOOLS); do \
+	    PATH=$$PATH:/usr/sbin:/sbin command -v "$${tool%:*}" >/dev/null || missing="$$missing $${tool#*:}"; \
+	done; \
+	if [ -n "$$missing" ]; then echo "make: the tests of clusters need: apt-get install$$missing" >&2; fi; \
+	if [ "$$(id -u)" != 0 ]; then echo "make: the tests of clusters need root, for network namespaces" >&2; missing=root; fi; \
+	[ -z "$$missing" ]
+	python -m pytest -m cluster $(ARGS)
 
 lint: .venv/installed
 	ruff check .

@@ -99,7 +99,7 @@ def train(config: Config) -> int:
         raise
     finally:
         try:
-            status.write(directory, exit_code=code, **outcome)
+            status.write(storage, exit_code=code, **outcome)
         except OSError as error:  # the reason may be a full disk
             say(f"pdl: {directory / 'status.json'} could not be written: {error}", file=sys.stderr)
     return code
@@ -124,8 +124,7 @@ def claim(config: Config, prepared: Prepared, directory: Path) -> tuple[Storage,
     def begin() -> None:
         if storage.writes:
             name_owner(descriptor)
-        status.write(directory)
-        if first:
+            status.write(storage)
             write_beginning(directory, config, prepared.tokenizer, prepared.frequencies, continues=resume is not None)
 
     distributed.together(begin, "beginning the run")
@@ -234,7 +233,7 @@ def train_model(config: Config, prepared: Prepared, storage: Storage, resume: Re
                 log.write(done, values)
                 checkpointer.settle(wait=False)
                 status.step, status.checkpoint = done, checkpointer.newest
-                distributed.together(lambda: status.write(directory), "writing the status")
+                distributed.together(lambda: status.write(storage), "writing the status")
             if done and (done % training.save_every == 0 or done == last_step):
                 save()
     except watch.Stopped:

@@ -20,7 +20,7 @@ from pdl import distributed
 from pdl.config import Config, UserError, flattened
 from pdl.distributed import say
 from pdl.frequencies import TokenFrequencies
-from pdl.storage import sync_directory, sync_tree, writable, write_json, write_whole
+from pdl.storage import Storage, sync_directory, sync_tree, writable, write_json, write_whole
 
 # Settings that do not touch the numbers of a run, so a run may continue with others. What stands in the DeepSpeed file is
 # compared itself, not its path.
@@ -44,7 +44,7 @@ LOCK = ".lock"
 
 @dataclass
 class Status:
-    """`status.json`, known to every rank and written by rank 0: launchers change exit codes, so the true one is written down.
+    """`status.json`, written by one of the ranks that see the same files: launchers change exit codes, so the true one is written down.
 
     state: running|done|refused|stopped|failed. step: the last one that is logged. checkpoint: the step of the newest one.
     restart: whether starting again as it is could end otherwise. launch: what started the run, see `launch_identity`.
@@ -60,11 +60,11 @@ class Status:
     launch: str | None = None
     resume: str | None = None
 
-    def write(self, directory: Path, **changes) -> None:
+    def write(self, storage: Storage, **changes) -> None:
         for name, value in changes.items():
             setattr(self, name, value)
-        if distributed.rank() == 0:
-            write_json(directory / "status.json", asdict(self), sync=self.exit_code is not None)
+        if storage.writes:
+            write_json(storage.directory / "status.json", asdict(self), sync=self.exit_code is not None)
 
     @classmethod
     def read(cls, directory: Path) -> Status | None:
@@ -252,7 +252,7 @@ def differences(stored: dict, config: Config, world_size: int | None) -> list[st
 
 
 def write_beginning(directory: Path, config: Config, tokenizer, frequencies: TokenFrequencies, continues: bool) -> None:
-    """What a run's directory holds from the start: configuration, tokenizer, frequencies. For rank 0.
+    """What a run's directory holds from the start: configuration, tokenizer, frequencies. For the rank that writes there.
 
     One that is continued keeps its own; a damaged frequency file is set aside and written again, from the same counts.
     """

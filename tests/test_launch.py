@@ -4,6 +4,7 @@ import contextlib
 import fcntl
 import json
 import os
+import shlex
 import signal
 import subprocess
 import termios
@@ -164,19 +165,24 @@ def check_finished(launched: Launched, steps: int) -> None:
     assert (launched.run / "model" / "model.safetensors").stat().st_size > 1_000_000
 
 
-def test_torchrun_stops_on_a_signal_goes_on_and_brings_back_a_killed_rank(start):
+def test_torchrun_stops_on_a_signal_goes_on_and_brings_back_a_killed_rank(start, tmp_path):
     this = command("torchrun.sh", [*SEEN, "training.max_steps=40"])
     stopped = start(*this, run=ODD_NAME)
     stopped.until(stopped.steps)
     stopped.started.send_signal(signal.SIGUSR1)
     step = stopped.ends_stopped()["step"]
 
-    goes_on = start(*this, run=ODD_NAME, MAX_RESTARTS="1")
+    logs = tmp_path / "the logs"
+    goes_on = start(*this, run=ODD_NAME, MAX_RESTARTS="1", LOG_DIR=str(logs))
     first = len(goes_on.steps())
     goes_on.until(lambda: len(goes_on.steps()) > first + 1)
     os.kill(goes_on.ranks()[1], signal.SIGKILL)
     check_finished(goes_on, 40)
     assert goes_on.output.read_text().count(f"continuing at step {step} of 40") == 2  # after the kill again
+    kept = {path.relative_to(logs).parts[2:] for path in logs.glob("*/*/*/*/*.log")}  # below the host and the launch
+    assert kept == {
+        (f"attempt_{n}", rank, f"{out}.log") for n in (0, 1) for rank in "01" for out in ("stdout", "stderr")
+    }
 
 
 @pytest.mark.faults  # a minute; torchrun, what `make` uses, is tried in every test run
@@ -204,6 +210,13 @@ def test_a_refused_configuration_ends_with_2(script, override, message, tmp_path
     assert not (tmp_path / "run").exists()
 
 
+def test_an_elastic_run_is_refused_where_any_number_of_nodes_would_be():
+    nodes = {"NNODES": "1:4", "NPROC": "1", "MAX_RESTARTS": "1", "RDZV_ENDPOINT": "localhost:29400"}
+    ended = launch("torchrun.sh", SAMPLE, *TINY, **nodes)
+    assert ended.returncode == 2
+    assert "there can be 1 2 3 4 ranks; the configuration must do for each, and is refused on 3" in ended.stderr
+
+
 def test_torchrun_keeps_the_code_of_a_run_refused_after_its_check_and_does_not_repeat_it(tmp_path):
     # A model without its weights: only the run loads them; torchrun itself would end with 1.
     run, pretrained = tmp_path / "run", tmp_path / "pretrained"
@@ -223,22 +236,58 @@ def test_torchrun_keeps_the_code_of_a_run_refused_after_its_check_and_does_not_r
 def test_help(script):
     asked, bare = launch(script, "--help"), launch(script)
     assert (asked.returncode, bare.returncode) == (0, 2)
-    assert f"launch/{script} CONFIG.yaml" in asked.stdout
+    assert f"launch/{script} [--dry-run] CONFIG.yaml" in asked.stdout
     assert asked.stdout == bare.stderr
 
 
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_dry_run_prints_a_line_to_paste_and_runs_nothing(script, tmp_path):
+    run = f"training.output_dir={tmp_path / ODD_NAME}"
+    shown = launch(script, "--dry-run", SAMPLE, run, INTERFACE="eth0")
+    assert (shown.returncode, shown.stderr) == (0, ""), shown.stderr
+    words = shlex.split(shown.stdout)
+    assert words[:4] == ["env", "NCCL_SOCKET_IFNAME=eth0", "GLOO_SOCKET_IFNAME=eth0", script.removesuffix(".sh")]
+    assert words[-4:] == ["pdl", "train", SAMPLE, run]
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("script", "name"), [("torchrun.sh", "NNODES=2"), ("deepspeed.sh", "NODE_RANK=1")])
+def test_over_ssh_each_host_gets_the_same_command_and_what_a_run_reads(script, name, tmp_path):
+    hostfile = tmp_path / "the hosts"
+    hostfile.write_text("# two of them\n\nalpha slots=4\nbeta\tslots=2")
+    settings = {"HOSTFILE": str(hostfile), "NPROC": "", "NCCL_DEBUG": "two words", "UNRELATED": "1"}
+    shown = launch(script, "--dry-run", SAMPLE, ODD_NAME, **settings)
+    assert (shown.returncode, shown.stderr) == (0, "")
+    lines = [shlex.split(line) for line in shown.stdout.splitlines()]
+    assert [(line[0], line[-2]) for line in lines] == [("ssh", "alpha"), ("ssh", "beta")]
+    words = shlex.split(lines[1][-1])
+    assert words[:5] == ["cd", str(REPOSITORY), "&&", "exec", "env"]
+    assert words[-3:] == [str(REPOSITORY / "launch" / script), SAMPLE, ODD_NAME]
+    assert {name, "NCCL_DEBUG=two words", "HF_HUB_OFFLINE=1"} < set(words)
+    assert "UNRELATED=1" not in words
+
+
 @pytest.mark.parametrize(
-    ("settings", "message"),
+    ("script", "settings", "message"),
     [
-        ({"NPROC": "two"}, "NPROC=two must be a number of ranks"),
-        ({"NPROC": "0"}, "NPROC=0 must be a number of ranks"),
-        ({"STOP_SECONDS": "10 minutes"}, "STOP_SECONDS=10 minutes must be a number of seconds"),
-        ({"MAX_RESTARTS": "-1"}, "MAX_RESTARTS=-1 must be a number of restarts"),
-        ({"NNODES": "2"}, "NNODES=2 needs RDZV_ENDPOINT"),
+        ("torchrun.sh", {"NPROC": "two"}, "NPROC=two must be a number of ranks"),
+        ("torchrun.sh", {"NPROC": "0"}, "NPROC=0 must be a number of ranks"),
+        ("torchrun.sh", {"STOP_SECONDS": "10 minutes"}, "STOP_SECONDS=10 minutes must be a number of seconds"),
+        ("torchrun.sh", {"MAX_RESTARTS": "-1"}, "MAX_RESTARTS=-1 must be a number of restarts"),
+        ("torchrun.sh", {"NNODES": "2"}, "NNODES=2 needs RDZV_ENDPOINT"),
+        ("torchrun.sh", {"NNODES": "few"}, "NNODES=few must be a number of nodes, or least:most"),
+        ("torchrun.sh", {"NNODES": "2:1"}, "NNODES=2:1: the least comes first"),
+        ("torchrun.sh", {"NNODES": "1:2"}, "NNODES=1:2 needs MAX_RESTARTS"),
+        ("torchrun.sh", {"NNODES": "2", "HOSTFILE": "hosts"}, "HOSTFILE says how many nodes there are, and NNODES=2 too"),
+        ("torchrun.sh", {"HOSTFILE": "no-such-file"}, "HOSTFILE=no-such-file is no file"),
+        ("deepspeed.sh", {"HOSTFILE": "README.md"}, '"host slots=ranks", each host once:\n  - '),
+        ("deepspeed.sh", {"HOSTFILE": "launch/hostfile.example", "NODE_RANK": "2"}, "NODE_RANK=2 must be a number below 2"),
+        ("deepspeed.sh", {"HOSTFILE": "launch/hostfile.example", "MASTER_PORT": "x"}, "MASTER_PORT=x must be a port"),
+        ("deepspeed.sh", {"NODE_RANK": "0"}, "NODE_RANK=0 needs HOSTFILE"),
     ],
-)
-def test_an_environment_that_cannot_be_honoured(settings, message):
-    ended = launch("torchrun.sh", SAMPLE, **settings)
+)  # fmt: skip
+def test_an_environment_that_cannot_be_honoured(script, settings, message):
+    ended = launch(script, SAMPLE, **settings)
     assert ended.returncode == 2
     assert message in ended.stderr
 
@@ -382,6 +431,22 @@ def test_a_stop_at_any_time_with_ranks_apart(script, number, target, phase, star
     manifest = launched.ends_stopped()
     assert manifest["trainer"]["owed"] == (phase == "evaluation")
     faults(f"{number.name} to {target}", f"{script}, {phase}, {apart}", "stopped, 75", 0, 0, 0)
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_signals_that_follow_each_other(script, start, faults):
+    """torchrun never ends by itself when it is sent three while its ranks end."""
+    launched = start(*command(script, PHASES["training"]))
+    launched.until_in("training")
+    late = launched.ranks()[1]
+    os.kill(late, signal.SIGSTOP)
+    for number in (USR1, TERM, USR1, TERM):
+        launched.started.send_signal(number)
+        time.sleep(1)
+    os.kill(late, signal.SIGCONT)
+    launched.ends_stopped()
+    faults("four signals", f"{script}, a second apart", "stopped, 75", 0, 0, 0)
 
 
 @pytest.mark.faults

@@ -14,9 +14,13 @@ TASKS = ["summarization", "dialogue", "style-transfer", "code-generation"]
 TARGETS = [
     "install",
     *(f"train-{task}" for task in TASKS),
+    "launch-torchrun",
+    "launch-deepspeed",
+    "launch-slurm",
     "test",
     "test-slow",
     "test-faults",
+    "test-cluster",
     "lint",
     "tensorboard",
     "clean",
@@ -64,6 +68,18 @@ def test_training_runs_the_sample_or_what_is_given(checkout, task):
 
     given = make(checkout, "-n", f"train-{task}", "CONFIG=my.yaml", "ARGS=training.max_steps=3 loss.alpha=0.5")
     assert f"{script} my.yaml training.max_steps=3 loss.alpha=0.5\n" in given.stdout
+
+
+def test_launching_takes_hosts_nodes_and_a_configuration(checkout):
+    def command(*arguments: str) -> str:
+        return make(checkout, "-n", *arguments).stdout.splitlines()[-1].rstrip()
+
+    sample = "configs/summarization/sample.yaml"
+    assert command("launch-torchrun") == f"launch/torchrun.sh {sample}"
+    given = ["HOSTS=my hosts", "CONFIG=my.yaml", "ARGS=loss.alpha=0.5"]
+    assert command("launch-deepspeed", *given) == 'HOSTFILE="my hosts" launch/deepspeed.sh my.yaml loss.alpha=0.5'
+    assert command("launch-slurm") == f"sbatch launch/slurm.sbatch {sample}"
+    assert command("launch-slurm", "NNODES=4", "CONFIG=my.yaml") == "sbatch --nodes=4 launch/slurm.sbatch my.yaml"
 
 
 def test_nproc_reaches_the_launch_script(checkout):

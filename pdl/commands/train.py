@@ -9,6 +9,7 @@ import argparse
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import yaml
 
@@ -81,6 +82,9 @@ def with_configuration(arguments: argparse.Namespace, work: Callable[[Config], i
     except UserError as error:
         distributed.say(f"pdl: {error}", file=sys.stderr)
         code = 2
+        # A run that is refused before it owns its directory leaves no status.json: our launch scripts look here.
+        if distributed.local_rank() == 0 and "PDL_REFUSED" in os.environ:
+            Path(os.environ["PDL_REFUSED"]).touch()
     watch.end()
     distributed.stop()
     return code
