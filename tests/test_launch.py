@@ -393,6 +393,8 @@ def test_a_suspended_rank_is_told_to_stop_when_its_launcher_dies(starting, tmp_p
     script, (launcher, rank) = starting(f"echo $$; {rank}", SAVED=str(tmp_path / "saved"))
     time.sleep(0.5)  # for its trap
     os.kill(rank, signal.SIGSTOP)
+    while not suspended(rank):  # the kernel does so only where it is by then
+        time.sleep(0.01)
     os.kill(launcher, signal.SIGKILL)
     assert script.wait(timeout=30) == 128 + signal.SIGKILL
     assert gone(rank)
