@@ -92,7 +92,7 @@ def step_volumes(
 def own_all_reduces(vocabulary: int) -> list[tuple[str, str, int]]:
     """What our loop and metrics reduce besides: what, how often, bytes."""
     return [
-        ("sum of weights, number of tokens, stop or not (float64)", "step", 24),
+        ("sum of weights, number of tokens, stop or not, readable or not (float64)", "step", 32),
         ("whether every loss is finite (float32)", "step", 4),
         ("the metrics (float64)", "log line", 120),
         ("label counts (int64 per row of the vocabulary)", "once", 8 * vocabulary),
