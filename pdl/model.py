@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import logging
 import os
@@ -246,6 +247,19 @@ def _unlink_shared_memory() -> None:
     Path("/dev/shm", f"{name}_{distributed.rank()}").unlink(missing_ok=True)
 
 
+@contextlib.contextmanager
+def _without_compiler():
+    """DeepSpeed decorates an optimizer that we do not use with torch.compile, whose backend takes a second to import."""
+    before = os.environ.get("TORCHDYNAMO_DISABLE")
+    os.environ["TORCHDYNAMO_DISABLE"] = "1"
+    try:
+        yield
+    finally:
+        del os.environ["TORCHDYNAMO_DISABLE"]
+        if before is not None:
+            os.environ["TORCHDYNAMO_DISABLE"] = before
+
+
 def initialize_engine(model: nn.Module, optimizer: torch.optim.Optimizer, settings: dict):
     """A DeepSpeed engine around the model and its optimizer."""
     import deepspeed
@@ -256,7 +270,8 @@ def initialize_engine(model: nn.Module, optimizer: torch.optim.Optimizer, settin
     rotary = {name: buffer.clone() for name, buffer in model.named_buffers() if name.endswith("inv_freq")}
     deepspeed.init_distributed(dist_backend=distributed.backend(), verbose=False)
     _unlink_shared_memory()
-    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings, dist_init_required=False)
+    with _without_compiler():
+        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings, dist_init_required=False)
     for name, buffer in rotary.items():
         owner, _, attribute = name.rpartition(".")
         module = model.get_submodule(owner)
