@@ -66,7 +66,8 @@ test-cluster: .venv/installed
 	if [ -n "$$missing" ]; then echo "make: the tests of clusters need: apt-get install$$missing" >&2; fi; \
 	if [ "$$(id -u)" != 0 ]; then echo "make: the tests of clusters need root, for network namespaces" >&2; missing=root; fi; \
 	[ -z "$$missing" ]
-	python -m pytest -m cluster $(ARGS)
+	python -m pytest -m "cluster or not slow" tests/test_cluster.py tests/test_slurm.py tests/test_kubernetes.py $(ARGS)
+	python -m pytest -m cluster tests/test_preflight.py tests/test_scaling.py $(ARGS)
 
 lint: .venv/installed
 	ruff check .

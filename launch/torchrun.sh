@@ -37,7 +37,9 @@ least=${BASH_REMATCH[1]} most=${BASH_REMATCH[3]:-${BASH_REMATCH[1]}}
 if ((most == 1)); then
     meeting=(--standalone) # a free port, so that two runs do not meet
 elif [[ -n ${RDZV_ENDPOINT:-} ]]; then
-    meeting=(--nnodes "$NNODES" --rdzv-backend c10d --rdzv-endpoint "$RDZV_ENDPOINT" --rdzv-id "${RDZV_ID:-pdl}")
+    # Nodes come when their checks are done; by default torchrun waits a minute for the one that keeps the store.
+    meeting=(--nnodes "$NNODES" --rdzv-backend c10d --rdzv-endpoint "$RDZV_ENDPOINT" --rdzv-id "${RDZV_ID:-pdl}"
+        --rdzv-conf "read_timeout=1800,join_timeout=1800")
 else
     refuse "NNODES=$NNODES needs RDZV_ENDPOINT=host:port"
 fi

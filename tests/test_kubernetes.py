@@ -13,6 +13,8 @@ from cluster import hosts
 from conftest import REPOSITORY
 from test_launch import ENDLESS, SAMPLE, TINY, read
 
+from pdl.config import load_config
+
 KUBERNETES = "1.33"
 KINDS = {"Job", "Service", "PersistentVolumeClaim"}
 
@@ -99,7 +101,9 @@ def test_its_parts_fit_together():
     mounted = [Path(mount["mountPath"]) for mount in train["volumeMounts"]]
     written = [variables(train)["PDL_CACHE"], variables(train)["HF_HOME"], train["args"][-1].partition("=")[2]]
     assert all(any(Path(path).is_relative_to(place) for place in mounted) for path in written)
-    assert (REPOSITORY / train["args"][0]).exists()
+    config, *overrides = train["args"]
+    ranks = job()["completions"] * train["resources"]["limits"]["nvidia.com/gpu"]
+    assert load_config(config, overrides, ranks).accumulation(ranks) == 1
 
 
 def outcome(code: int, disrupted: bool = False) -> str:
