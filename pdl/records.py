@@ -8,7 +8,7 @@ import hashlib
 import importlib.util
 import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -122,16 +122,7 @@ def hub_dataset(source: str):
     """The `datasets.Dataset` of `hub:owner/name[/config][@revision]:split`. Raises UserError when it cannot be had."""
     import datasets
 
-    address = hub_address(source)
-    try:
-        return datasets.load_dataset(
-            address["repository"], address["config"], split=address["split"], revision=address["revision"]
-        )
-    except Exception as error:  # the library raises a dozen kinds, OSError and ValueError among them
-        raise UserError(
-            f"{source} could not be loaded from the hub: {type(error).__name__}: {first_line(error)}\n"
-            "    Without a network, give a local file (data.train=my.jsonl), or fill the cache where there is one and set HF_HUB_OFFLINE=1 here."
-        ) from error
+    return _from_hub(datasets.load_dataset, source, split=hub_address(source)["split"])
 
 
 def hub_stream(source: str, shard: tuple[int, int] | None = None):
@@ -139,25 +130,25 @@ def hub_stream(source: str, shard: tuple[int, int] | None = None):
     import datasets
     from datasets.distributed import split_dataset_by_node
 
-    address = hub_address(source)
-    try:
-        stream = datasets.load_dataset(
-            address["repository"],
-            address["config"],
-            split=address["split"],
-            revision=address["revision"],
-            streaming=True,
-        )
-    except Exception as error:  # the library raises a dozen kinds
-        raise UserError(
-            f"{source} could not be streamed from the hub: {type(error).__name__}: {first_line(error)}"
-        ) from error
+    stream = _from_hub(datasets.load_dataset, source, split=hub_address(source)["split"], streaming=True)
     if shard is None:
         return stream
     number, of = shard
     if stream.num_shards < of:
         raise UserError(f"{source} has {stream.num_shards} files, fewer than {of} ranks: set data.stream_by=rows")
     return split_dataset_by_node(stream, number, of)
+
+
+def _from_hub(load: Callable, source: str, **settings: Any):
+    """What a function of `datasets` makes of an address. Raises UserError when it cannot be had."""
+    address = hub_address(source)
+    try:
+        return load(address["repository"], address["config"], revision=address["revision"], **settings)
+    except Exception as error:  # the library raises a dozen kinds, OSError and ValueError among them
+        raise UserError(
+            f"{source} could not be loaded from the hub: {type(error).__name__}: {first_line(error)}\n"
+            "    Without a network, give a local file (data.train=my.jsonl), or fill the cache where there is one and set HF_HUB_OFFLINE=1 here."
+        ) from error
 
 
 def load_recipe(task: str | None):
@@ -243,16 +234,8 @@ def source_fingerprint(source: Any) -> str:
     if source.startswith("hub:"):
         import datasets
 
-        address = hub_address(source)
-        try:
-            builder = datasets.load_dataset_builder(
-                address["repository"], address["config"], revision=address["revision"]
-            )
-        except Exception as error:  # the library raises a dozen kinds
-            raise UserError(
-                f"{source} could not be read from the hub: {type(error).__name__}: {first_line(error)}"
-            ) from error
-        return f"{builder.hash}:{address['split']}"
+        builder = _from_hub(datasets.load_dataset_builder, source)
+        return f"{builder.hash}:{hub_address(source)['split']}"
     digest = hashlib.sha256()
     for path in files_of(source):
         size = path.stat().st_size

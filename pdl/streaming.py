@@ -14,7 +14,18 @@ import torch
 
 from pdl import distributed, watch
 from pdl.config import Config, UserError
-from pdl.data import BLOCK, IGNORE, Batch, Collator, Encoder, batched, rows_key, unlabelled, whole_file
+from pdl.data import (
+    BLOCK,
+    IGNORE,
+    Batch,
+    Collator,
+    Encoder,
+    batched,
+    load_frequencies,
+    rows_key,
+    unlabelled,
+    whole_file,
+)
 from pdl.distributed import say
 from pdl.frequencies import TokenFrequencies
 from pdl.records import Example, placed_examples
@@ -139,26 +150,20 @@ def count_corpus(config: Config, encoder: Encoder, data_hash: str, tokenizer_has
         if rank > 0:
             return None
         if target.exists():
-            found = TokenFrequencies.load(target)
-            if (found.corpus, found.tokenizer_hash, len(found.counts)) != (corpus, tokenizer_hash, vocab_size):
+            found = load_frequencies("loss.frequencies", target, tokenizer_hash, vocab_size)
+            if found.corpus != corpus:
                 raise UserError(
                     f"loss.frequencies={target} holds another count, of {found.corpus or 'a corpus without a name'}, or with other "
-                    "length limits or another tokenizer: name another file"
+                    "length limits: name another file"
                 )
             return found.counts, -1
         target.parent.mkdir(parents=True, exist_ok=True)
         if not notes.exists():
             return torch.zeros(vocab_size, dtype=torch.int64), 0
-        found = TokenFrequencies.load(notes)
+        found = load_frequencies("loss.frequencies", notes, tokenizer_hash, vocab_size)
         return found.counts, int(found.corpus)
 
-    def begun() -> tuple[torch.Tensor, int] | None:
-        try:
-            return begin()
-        except ValueError as error:
-            raise UserError(f"loss.frequencies: {error}") from error
-
-    counts, blocks_done = distributed.gathered(distributed.together(begun, "counting"))[0]
+    counts, blocks_done = distributed.gathered(distributed.together(begin, "counting"))[0]
     if blocks_done < 0:
         say(f"{target} holds the count of {config.data.train} already: {int(counts.sum()):,} tokens")
         return

@@ -57,8 +57,9 @@ class Host:
 
     def _enter(self, command: tuple) -> list[str]:
         holder = self._holder.pid
-        namespaces = [f"--{kind}=/proc/{holder}/ns/{kind}" for kind in ("net", "uts", "mount")]
-        namespaces = [option.replace("ns/mount", "ns/mnt") for option in namespaces]
+        namespaces = [
+            f"--{kind}=/proc/{holder}/ns/{name}" for kind, name in (("net", "net"), ("uts", "uts"), ("mount", "mnt"))
+        ]
         return [
             "nsenter",
             *namespaces,
@@ -147,7 +148,7 @@ class Network:
             host = Host(name, address)
             self.hosts.append(host)
             # A pair of interfaces: one end on the host, the other on the switch, named by their holders' process ids.
-            self.switch.run("ip", "link", "add", name, "type", "veth", "peer", "name", "eth0", check=True)
+            self.switch.run("ip", "link", "add", name, "type", "veth", "peer", "name", "eth0")
             subprocess.run(
                 ["nsenter", f"--net=/proc/{self.switch._holder.pid}/ns/net", "ip", "link", "set", "eth0", "netns", str(host._holder.pid)], check=True
             )  # fmt: skip
