@@ -19,7 +19,7 @@ help:
 	@echo "make train-code-generation  ... a description to a Python function"
 	@echo "make launch-torchrun        finetune on several nodes under torchrun: on the hosts of HOSTS=, a file, over ssh"
 	@echo "make launch-deepspeed       ... under the deepspeed launcher"
-	@echo "make launch-slurm           ... as a Slurm job on NNODES= nodes"
+	@echo "make launch-slurm           ... as a Slurm job on NNODES= nodes; SBATCH=\"--gpus-per-node=8 --time=24:00:00\" and the like"
 	@echo "make test                   the tests, ARGS go to pytest"
 	@echo "make test-slow              the long tests: every layout of ranks, every kind of model"
 	@echo "make test-faults            runs that are killed, stopped, damaged and starved, and what became of them"
@@ -45,7 +45,7 @@ launch-torchrun launch-deepspeed: launch-%: .venv/installed
 	@$(if $(HOSTS),HOSTFILE="$(HOSTS)" )launch/$*.sh $(or $(CONFIG),$(SAMPLE)) $(ARGS)
 
 launch-slurm: .venv/installed
-	@sbatch $(if $(NNODES),--nodes=$(NNODES) )launch/slurm.sbatch $(or $(CONFIG),$(SAMPLE)) $(ARGS)
+	@sbatch $(if $(NNODES),--nodes=$(NNODES) )$(if $(SBATCH),$(SBATCH) )launch/slurm.sbatch $(or $(CONFIG),$(SAMPLE)) $(ARGS)
 
 test: .venv/installed
 	python -m pytest $(ARGS)
@@ -57,7 +57,7 @@ test-faults: .venv/installed
 	python -m pytest -m "faults or not slow" tests/test_faults.py tests/test_launch.py tests/test_checkpoint.py $(ARGS)
 
 CLUSTER_TOOLS := ip:iproute2 unshare:util-linux ps:procps ssh:openssh-client sshd:openssh-server pdsh:pdsh \
-	slurmctld:slurmctld slurmd:slurmd sbatch:slurm-client munged:munge
+	slurmctld:slurmctld slurmd:slurmd sbatch:slurm-client munged:munge shellcheck:shellcheck
 
 test-cluster: .venv/installed
 	@missing=; for tool in $(CLUSTER_TOOLS); do \

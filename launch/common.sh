@@ -78,7 +78,7 @@ environment=(
     'FI_*' 'UCX_*'             # of the libraries that NCCL may use for it
     'GLOO_*'                   # of CPUs: GLOO_SOCKET_IFNAME
     'OMP_*'                    # OMP_NUM_THREADS: threads of a rank; more than there are cores is slow
-    'TORCH*' 'CUBLAS_*'        # what torch and its libraries read
+    'TORCH*' 'PET_*' 'CUBLAS_*' # what torch, torchrun and their libraries read
     'DS_*' 'DEEPSPEED_*'       # DS_ACCELERATOR: cuda, or cpu
     CUDA_HOME CXX              # DeepSpeed compiles extensions with these
     'PDL_*'                    # PDL_CACHE: where token rows and counts are kept; PDL_PREFLIGHT=0: no check of the nodes
@@ -99,14 +99,21 @@ default() {
 
 # Sets NPROC, and what the ranks inherit.
 prepare_environment() {
-    local gpus cores
+    local gpus cores quota period
     unset RANK # of a cluster's making: it is what tells a rank from other processes
     [[ -z ${NPROC:-} ]] || require_number NPROC '[1-9][0-9]*' 'a number of ranks'
     gpus=$(python -c 'import torch; print(torch.cuda.device_count())')
     cores=$(env -u OMP_NUM_THREADS nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
-    if ((gpus)); then
+    # A container may have fewer than it sees: so much time on them, of each period.
+    if read -r quota period 2>/dev/null </sys/fs/cgroup/cpu.max && [[ $quota != max ]]; then
+        quota=$(((quota + period - 1) / period))
+        cores=$((quota < cores ? quota : cores))
+    fi
+    if ((gpus)) && [[ ${DS_ACCELERATOR:-} != cpu ]]; then
+        devices='a GPU each'
         NPROC=${NPROC:-$gpus}
     else
+        devices='without GPUs'
         NPROC=${NPROC:-$((cores < 2 ? 1 : 2))}
         default DS_ACCELERATOR cpu # else DeepSpeed looks for CUDA where torch was built with it
     fi
@@ -202,7 +209,7 @@ pass_on() {
 # attend COMMAND ...: runs a command to its end and sets `code`. Signals are passed on. What the command leaves behind is told
 # to stop; what is there STOP_SECONDS after that, or after a signal, is killed, and `asked` is emptied: nothing stopped as asked.
 attend() {
-    local left=$((STOP_SECONDS * 5)) alone=0
+    local deadline alone
     running=starting
     set -m # a process group of its own: Ctrl-C on a terminal reaches the script alone
     {
@@ -215,16 +222,17 @@ attend() {
     [[ -z $asked ]] || pass_on "$asked"
     wait "$running" || true # or until a signal
     [[ -n $asked || -z $(processes) ]] || pass_on TERM
+    alone=$SECONDS deadline=$((SECONDS + STOP_SECONDS)) # by the clock: with many processes a round takes its time
     while [[ -n $(processes) ]]; do
-        if ((left-- == 0)); then
+        if ((SECONDS >= deadline)); then
             echo "launch/${0##*/}: not stopped within $STOP_SECONDS s; killing what is left" >&2
-            asked=
+            asked='' deadline=$((SECONDS + STOP_SECONDS))
             # shellcheck disable=SC2046
             kill -KILL $(processes) 2>/dev/null || true
         fi
         # torchrun that is sent several signals while its ranks end waits for ever for the threads that read their output.
-        [[ -z $(processes RANK) ]] || alone=0
-        if ((alone++ == 100)); then
+        [[ -z $(processes RANK) ]] || alone=$SECONDS
+        if ((SECONDS - alone >= 20)); then
             kill -KILL -- "-$running" 2>/dev/null || true
         fi
         sleep 0.2
@@ -255,7 +263,7 @@ check_run() {
         exit "$code"
     fi
     run_directory=$(python -c 'import sys, yaml; print(yaml.safe_load(sys.stdin)["training"]["output_dir"])' <<<"$config")
-    echo "checking $1 and its data, then training on ${counts// / or } ranks"
+    echo "checking $1 and its data, then training on ${counts// / or } ranks, $devices"
     if [[ $counts != "$ranks" ]]; then
         other=(training.resume=auto "training.output_dir=$(mktemp -u)") # the run may be going on, for this node to join it
     fi
@@ -304,7 +312,23 @@ run_launcher() {
     exit "$code"
 }
 
-# --- several hosts over ssh ---
+# --- several hosts ---
+
+# address_of INTERFACE: its IPv4 address; nothing where there is none, or where this is a pattern of NCCL's (=eth0, ^docker0, eth).
+address_of() {
+    [[ $1 =~ ^[A-Za-z0-9] && -e /sys/class/net/$1 ]] || return 0
+    python -c '
+import fcntl, socket, struct, sys
+with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as s:
+    try:
+        told = fcntl.ioctl(s, 0x8915, struct.pack("256s", sys.argv[1].encode()[:15]))  # SIOCGIFADDR
+        print(socket.inet_ntoa(told[20:24]))
+    except OSError:
+        pass
+' "$1"
+}
+
+# --- over ssh ---
 
 settings=() # of each host: variables and their values
 
@@ -342,8 +366,7 @@ on_host() {
         "cd $(quoted "$PWD") && exec env $(quoted "${words[@]}") ${settings[$1]} $(quoted "$(realpath -s "$0")" "${arguments[@]}")")
 }
 
-# run_on_hosts: runs this script on every host, with the variables in `settings`, quoted, and ends with the code of the first, which has
-# rank 0. Each host looks after its own processes. Signals reach it over its connection; when that ends, as it does when this script is
+# run_on_hosts: runs this script on every host, with the variables in `settings`, quoted, and ends with the code of the first. Each host looks after its own processes. Signals reach it over its connection; when that ends, as it does when this script is
 # killed, it stops. What fails on one host stops the others.
 run_on_hosts() {
     local number command directory channel failed='' processes=() codes=()

@@ -9,11 +9,13 @@ more="  MAX_RESTARTS          how often all ranks are started again, from the la
   LOG_DIR               a directory: each rank's output is kept in a file below it too, by host and start
   NNODES                number of nodes; default 1; or least:most, needs MAX_RESTARTS: a node that is lost costs a restart, and nodes
                         may join at any time, when all ranks save (torchrun gives them 30 s) and start again. Global batches stay the
-                        same. Any node may get rank 0, so they must share training.output_dir
+                        same, so every number of nodes must divide them: 2:4 with 8 GPUs each needs multiples of 96 (of 16, 24, 32).
+                        Any node may get rank 0, so they must share training.output_dir
   RDZV_ENDPOINT         with several nodes: host:port of one of them, the same on all. The run ends with that node: with MAX_RESTARTS
                         stop the run by a signal to it, or to all; after one to another node, the rest wait for that to come back
   RDZV_ID               with several nodes: a name for this job, the same on all; default pdl
-  HOSTFILE              instead of NNODES: a file of lines \"host slots=ranks\"; this script is started on each over ssh"
+  HOSTFILE              instead of NNODES: a file of lines \"host slots=ranks\"; this script is started on each over ssh. Ranks are
+                        numbered by torchrun, in the order of the hosts' own names (of their addresses with INTERFACE)"
 read_arguments "$about" "$more" "$@"
 
 MAX_RESTARTS=${MAX_RESTARTS:-0}
@@ -39,7 +41,10 @@ if ((most == 1)); then
 elif [[ -n ${RDZV_ENDPOINT:-} ]]; then
     # Nodes come when their checks are done; by default torchrun waits a minute for the one that keeps the store.
     meeting=(--nnodes "$NNODES" --rdzv-backend c10d --rdzv-endpoint "$RDZV_ENDPOINT" --rdzv-id "${RDZV_ID:-pdl}"
-        --rdzv-conf "read_timeout=1800,join_timeout=1800")
+        --rdzv-conf "read_timeout=1800,join_timeout=1800${PET_RDZV_CONF:+,$PET_RDZV_CONF}")
+    # The address that torchrun tells the others is its host's name, unless this is said; names may lead elsewhere, or nowhere.
+    address=$(address_of "${INTERFACE:-}")
+    [[ -z $address ]] || meeting+=(--local-addr "$address")
 else
     refuse "NNODES=$NNODES needs RDZV_ENDPOINT=host:port"
 fi

@@ -10,6 +10,7 @@ import json
 import math
 import os
 import shutil
+import time
 import uuid
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -32,6 +33,7 @@ from pdl.storage import find_storage
 IGNORE = -100  # the label of a position that takes no part in the loss
 _FORMAT = 1  # of the cached rows; raised when the meaning of a row changes
 BLOCK = 1000  # examples, or lines, that are tokenized together and by one rank
+_LEFT_OVER = 7 * 24 * 3600  # seconds after which nobody still writes to a partial file
 _ROWS_COPIED = 4096  # at a time, where a selection of rows is counted: bounds memory
 
 
@@ -201,6 +203,8 @@ def _tokenize(config: Config, split: str, encoder: Encoder, path: Path) -> None:
     def own_blocks() -> dict | None:
         if not wanted:
             return None
+        if storage.writes:
+            _remove_leftovers(path.parent)
         shards.mkdir(exist_ok=True)
         report: Counter = Counter()
         with pa.OSFile(str(shards / f"{part}.arrow"), "wb") as file, pa.ipc.new_stream(file, _SCHEMA) as writer:
@@ -236,6 +240,14 @@ def _tokenize(config: Config, split: str, encoder: Encoder, path: Path) -> None:
     finally:
         if storage.writes:
             shutil.rmtree(shards, ignore_errors=True)
+
+
+def _remove_leftovers(cache: Path) -> None:
+    """What launches that were killed have left in the cache: nothing in it was written to for a week."""
+    for partial in cache.glob("*.partial"):
+        with contextlib.suppress(OSError):  # another launch is removing it, too
+            if time.time() - max(path.stat().st_mtime for path in (partial, *partial.glob("*"))) > _LEFT_OVER:
+                partial.unlink() if partial.is_file() else shutil.rmtree(partial)
 
 
 def text_frequencies(path: Path, tokenizer, tokenizer_hash: str, vocab_size: int) -> TokenFrequencies:

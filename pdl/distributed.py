@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import resource
 import socket
@@ -16,7 +17,9 @@ import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
 
+from pdl import watch
 from pdl.config import UserError
+from pdl.hosts import Hosts, difference
 
 T = TypeVar("T")
 
@@ -27,10 +30,15 @@ class RunFailed(Exception):
 
 # Preparing data (tokenizing, counting) is waited for inside a collective; the default of 10 minutes is too short for it.
 _TIMEOUT = timedelta(hours=2)
+# Ranks that were started together come within the time that imports take, on a slow file system at most some minutes.
+_MEETING = timedelta(minutes=10)
 
 
 def start() -> None:
-    """Join the process group that torchrun or deepspeed describes in the environment, or be a group of one."""
+    """Join the process group that torchrun or deepspeed describes in the environment, or be a group of one.
+
+    Raises, on every rank alike, UserError when what the ranks bring can form no group, RunFailed when one does not come.
+    """
     # DeepSpeed calls collectives under names that torch is about to rename; nothing a user can act on.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     # DeepSpeed picks the accelerator from this, also where a CUDA build of torch finds no GPU.
@@ -42,9 +50,60 @@ def start() -> None:
         os.environ.update(
             RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", LOCAL_WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=port
         )
+    watch.beat("meeting the other ranks", 2 * _MEETING.total_seconds())
+    store = _meet()
     if on_gpu():
         torch.cuda.set_device(local_rank())
-    dist.init_process_group(backend(), timeout=_TIMEOUT)
+    ranks = {"rank": int(os.environ["RANK"]), "world_size": int(os.environ["WORLD_SIZE"])}
+    dist.init_process_group(backend(), timeout=_TIMEOUT, store=store, **ranks)
+    watch.beat(f"trying {backend()}", _MEETING.total_seconds())
+    dist.barrier()
+    watch.beat("reading the configuration", 0)
+
+
+def _meet() -> dist.Store:
+    """The store at which all ranks have met, and found that they can form a group.
+
+    Looked at here, over TCP: a group of NCCL and gloo, or of two versions of NCCL, is not refused but waits.
+    """
+    here = socket.gethostname()
+    own: dict[str, object] = {"place": (here, local_rank()), "device": "CPU, over gloo", "torch": torch.__version__}
+    if on_gpu():
+        own["device"] = "GPU, over NCCL"
+        if local_rank() < torch.cuda.device_count():
+            own["NCCL"] = ".".join(map(str, torch.cuda.nccl.version()))
+        else:
+            own["problem"] = (
+                f"DS_ACCELERATOR=cuda, and of {torch.cuda.device_count()} GPUs none for local rank {local_rank()}"
+            )
+    try:
+        store, rank, world_size = next(dist.rendezvous("env://", timeout=_MEETING))
+        meeting = dist.PrefixStore("meeting", store)
+        meeting.set(str(rank), json.dumps(own))
+        names = [str(number) for number in range(world_size)]
+        try:
+            meeting.wait(names, _MEETING)
+        except dist.DistStoreError as error:
+            late = [name for name in names if not meeting.check([name])]
+            raise RunFailed(f"{here}: no sign of rank {', '.join(late)} after {_MEETING}") from error
+        met = [json.loads(value) for value in meeting.multi_get(names)]
+        _leave_together(meeting, rank, names)
+    except (dist.DistStoreError, dist.DistNetworkError) as error:
+        raise RunFailed(f"{here}: the ranks could not meet: {error}") from error
+    hosts = Hosts.of([tuple(each["place"]) for each in met])
+    problems = [f"{hosts.where([number])}: {each['problem']}" for number, each in enumerate(met) if "problem" in each]
+    for name in ("device", "torch", "NCCL") if not problems else ():
+        problems += difference(hosts, name, [each.get(name) for each in met])
+    if problems:
+        raise UserError("\n  - ".join(["the ranks cannot form a group", *problems]))
+    return store
+
+
+def _leave_together(meeting: dist.Store, rank: int, names: list[str]) -> None:
+    """Rank 0 may keep the store, which ends with it: it leaves when all have read what they came for."""
+    meeting.set(f"read {rank}", "")
+    if rank == 0:
+        meeting.wait([f"read {name}" for name in names], _MEETING)
 
 
 def stop() -> None:

@@ -17,17 +17,18 @@ import socket
 import statistics
 import tempfile
 import time
+import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 
-from pdl import distributed
+from pdl import distributed, watch
 from pdl.config import Config, UserError, flattened
 from pdl.distributed import gathered, say
+from pdl.hosts import Hosts, by_value, difference, ranges
 from pdl.records import examples_hash, source_hash
 from pdl.storage import find_storage, writable
 
@@ -42,7 +43,7 @@ _WRITTEN = 1 << 20
 _PERIOD = 8191  # of the patterns that are sent; a prime, so that no chunk of a collective begins where another one does
 _LARGEST = 256 << 20  # bytes of the largest all-reduce
 _LONG_ENOUGH = 0.01  # seconds of an all-reduce from which its bandwidth is read
-_LISTED = 8  # hosts that a message names
+_BANDWIDTH_ROUNDS = 3  # of which the best one counts, after one to warm up: connections are made, buffers registered
 
 
 def preflight(config: Config) -> None:
@@ -59,7 +60,8 @@ def inspect(config: Config) -> None:
     Raises UserError, on all ranks, with every problem and the host that it is on.
     """
     started = time.perf_counter()
-    hosts = Hosts.find()
+    watch.beat("pre-flight", config.training.hang_seconds)
+    hosts = _hosts()
     problems: list[str] = []
     facts = _on_every_rank(hosts, problems, lambda: _facts(config))
     if not problems:
@@ -74,56 +76,22 @@ def inspect(config: Config) -> None:
     if None not in facts:
         _say_table(hosts, facts, free, shared, clocks)
     say(f"  {speed}; pre-flight took {time.perf_counter() - started:.2f} s")
+    watch.beat("preparing", 0)  # reading, tokenizing and fetching take as long as they take
     if problems:
         raise UserError("\n  - ".join(["pre-flight found what would end the run or spoil it", *problems]))
 
 
 def on_every_host(work: Callable[[], T]) -> T:
     """Run `work` on every rank. A UserError on some of them is raised on all, with the names of their hosts. A collective."""
-    hosts, problems = Hosts.find(), []
+    hosts, problems = _hosts(), []
     result = _on_every_rank(hosts, problems, work)[distributed.rank()]
     if problems:
         raise UserError("\n".join(problems))
     return result
 
 
-@dataclass
-class Hosts:
-    """Where each rank runs. A host's ranks stand in a row, as launchers number them; the first of them has local rank 0."""
-
-    names: list[str]  # by rank
-    firsts: list[int]  # the first rank of each host, ascending
-
-    @classmethod
-    def find(cls) -> Hosts:
-        places = gathered((socket.gethostname(), distributed.local_rank()))
-        firsts = [rank for rank, (_, local) in enumerate(places) if local == 0 or rank == 0]
-        return cls([name for name, _ in places], firsts)
-
-    def first_of(self, rank: int) -> int:
-        """The first rank on the host of a rank."""
-        return max(first for first in self.firsts if first <= rank)
-
-    def ranks_of(self, first: int) -> list[int]:
-        return [rank for rank in range(len(self.names)) if self.first_of(rank) == first]
-
-    def where(self, ranks: list[int]) -> str:
-        """`node1 (ranks 0-3), node2 (rank 5)`."""
-        by_host: dict[int, list[int]] = {}
-        for rank in ranks:
-            by_host.setdefault(self.first_of(rank), []).append(rank)
-        named = [
-            f"{self.names[first]} (rank{'s' * (len(there) > 1)} {_ranges(there)})" for first, there in by_host.items()
-        ]
-        more = [f"{len(named) - _LISTED} more hosts"] if len(named) > _LISTED else []
-        return ", ".join(named[:_LISTED] + more)
-
-
-def _ranges(ranks: list[int]) -> str:
-    """`0-3,6` of 0, 1, 2, 3, 6."""
-    starts = [rank for rank in ranks if rank - 1 not in ranks]
-    ends = [rank for rank in ranks if rank + 1 not in ranks]
-    return ",".join(f"{a}-{b}" if a < b else f"{a}" for a, b in zip(starts, ends, strict=True))
+def _hosts() -> Hosts:
+    return Hosts.of(gathered((socket.gethostname(), distributed.local_rank())))
 
 
 def _on_every_rank(hosts: Hosts, problems: list[str], work: Callable[[], T]) -> list[T | None]:
@@ -133,32 +101,16 @@ def _on_every_rank(hosts: Hosts, problems: list[str], work: Callable[[], T]) -> 
         result = work()
     except (UserError, OSError) as error:
         failure = str(error)
+    except Exception as error:  # of ours; the other ranks are not to wait for this one
+        traceback.print_exc()
+        failure = traceback.format_exception_only(error)[-1].strip()
     outcomes = gathered((result, failure))
-    failures = _by_value([failure for _, failure in outcomes])
+    failures = by_value([failure for _, failure in outcomes])
     for message, ranks in failures:
         if message is not None:
             alike = len(ranks) == len(outcomes)  # nothing to do with a host
             problems.append(message if alike else f"{hosts.where(ranks)}: {message}")
     return [result for result, _ in outcomes]
-
-
-def _by_value(values: list) -> list[tuple[Any, list[int]]]:
-    """Each value, most frequent first, with the ranks that have it."""
-    ranks: dict[str, list[int]] = {}
-    for rank, value in enumerate(values):
-        ranks.setdefault(repr(value), []).append(rank)
-    return sorted(((values[there[0]], there) for there in ranks.values()), key=lambda pair: -len(pair[1]))
-
-
-def _difference(hosts: Hosts, name: str, values: list) -> list[str]:
-    """A sentence when the ranks' values differ: what the minority has, or without a majority what all have."""
-    (common, most), *others = _by_value(values)
-    if not others:
-        return []
-    if 2 * len(most) > len(values):
-        told = [f"{hosts.where(ranks)} has {value}" for value, ranks in others]
-        return [f"{name}: {'; '.join(told)}; the other {len(most)} ranks have {common}"]
-    return [f"{name}: " + "; ".join(f"{hosts.where(ranks)} has {value}" for value, ranks in [(common, most), *others])]
 
 
 # --- what is compared ---
@@ -209,11 +161,11 @@ def _differences(hosts: Hosts, facts: list[dict]) -> list[str]:
     problems = []
     for name in facts[0]["versions"]:
         title = "the sources of pdl" if name == "pdl" else name
-        problems += _difference(hosts, title, [fact["versions"].get(name) for fact in facts])
-    problems += _difference(hosts, "machine", [fact["machine"] for fact in facts])
+        problems += difference(hosts, title, [fact["versions"].get(name) for fact in facts])
+    problems += difference(hosts, "machine", [fact["machine"] for fact in facts])
     configurations = [fact["configuration"] for fact in facts]
     for key in dict.fromkeys(key for configuration in configurations for key in configuration):
-        problems += _difference(hosts, key, [configuration.get(key) for configuration in configurations])
+        problems += difference(hosts, key, [configuration.get(key) for configuration in configurations])
     return problems
 
 
@@ -246,7 +198,7 @@ def _different_data(hosts: Hosts, data: list[dict | None]) -> list[str]:
     spoken = [data[hosts.first_of(rank)] for rank in range(len(data))]
     if None in spoken:
         return []
-    return [problem for key in spoken[0] for problem in _difference(hosts, key, [said.get(key) for said in spoken])]
+    return [problem for key in spoken[0] for problem in difference(hosts, key, [said.get(key) for said in spoken])]
 
 
 # --- what is tried ---
@@ -367,15 +319,18 @@ def _bandwidth(wrong: dict[str, str]) -> str:
     slowest = 0.0
     while slowest < _LONG_ENOUGH and size < _LARGEST:
         size *= 2
-        buffer = _filled(_pattern(distributed.rank()), size // 4, torch.float32)
-        dist.barrier()
-        began = time.perf_counter()
-        dist.all_reduce(buffer)
-        if distributed.on_gpu():
-            torch.cuda.synchronize()
-        taken = torch.tensor(time.perf_counter() - began, dtype=torch.float64, device=distributed.device())
-        dist.all_reduce(taken, op=dist.ReduceOp.MAX)
-        slowest = float(taken)
+        times = []
+        for _ in range(1 + _BANDWIDTH_ROUNDS):
+            buffer = _filled(_pattern(distributed.rank()), size // 4, torch.float32)
+            dist.barrier()
+            began = time.perf_counter()
+            dist.all_reduce(buffer)
+            if distributed.on_gpu():
+                torch.cuda.synchronize()
+            times.append(time.perf_counter() - began)
+        rounds = torch.tensor(times[1:], dtype=torch.float64, device=distributed.device())
+        dist.all_reduce(rounds, op=dist.ReduceOp.MAX)
+        slowest = float(rounds.min())
     if told := _wrong(buffer, _filled(total, size // 4, torch.float32)):
         wrong[f"all-reduce of {size >> 20} MiB"] = told
     algorithm = size / slowest / 1e9
@@ -408,13 +363,13 @@ def _say_table(
         ranks = hosts.ranks_of(first)
         devices = " + ".join(
             f"{len(there)} x {device}" if distributed.on_gpu() else device
-            for device, there in _by_value([facts[rank]["device"] for rank in ranks])
+            for device, there in by_value([facts[rank]["device"] for rank in ranks])
         )
         ahead, error = clocks[first]
         rows.append(
             (
                 hosts.names[first],
-                _ranges(ranks),
+                ranges(ranks),
                 devices,
                 f"{min(facts[rank]['memory'] for rank in ranks) / 2**30:.0f} GiB",
                 "none" if free[first] is None else f"{free[first] / 2**30:.1f} GiB",
@@ -426,7 +381,7 @@ def _say_table(
     say(f"pre-flight: {len(hosts.names)} ranks, {len(hosts.firsts)} hosts")
     for row in rows:
         say("  " + "  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip())
-    (versions, ranks), *_ = _by_value([fact["versions"] for fact in facts])
+    (versions, ranks), *_ = by_value([fact["versions"] for fact in facts])
     alike = "" if len(ranks) == len(facts) else f" on {hosts.where(ranks)}"
     say("  " + ", ".join(f"{name} {version}" for name, version in versions.items()) + alike)
 
@@ -434,4 +389,4 @@ def _say_table(
 def _sharing(hosts: Hosts, sharing: list[int], ranks: list[int]) -> str:
     if len(sharing) == len(hosts.names):
         return "shared by all"
-    return "its own" if sharing == ranks else f"shared by ranks {_ranges(sharing)}"
+    return "its own" if sharing == ranks else f"shared by ranks {ranges(sharing)}"

@@ -91,19 +91,29 @@ class StreamedBatches:
         size = self._size // world_size if self._own_files else self._size
         if step != self._next:
             self._stream = self._endless((rank, world_size) if self._own_files else None)
-            for passed in range(0, step * size, _PASSED_BETWEEN_BEATS):
-                watch.beat(doing := f"passing over {step * size:,} examples that were trained on")
-                if passed:
-                    say(f"{doing}: {passed:,}")
-                    watch.agree(doing)
-                number = min(_PASSED_BETWEEN_BEATS, step * size - passed)
-                next(islice(self._stream, number, number), None)
+            self._pass_over(step * size)
         self._examples = list(islice(self._stream, size))
         self._next = step + 1
         apart = self.micro_batch_size * (1 if self._own_files else world_size)
         first = 0 if self._own_files else rank * self.micro_batch_size
         starts = range(first, size, apart)
         return [self._batch(self._examples[start : start + self.micro_batch_size]) for start in starts]
+
+    def _pass_over(self, count: int) -> None:
+        """A collective: what cannot be read is raised when all ranks are through, so that none waits for one that left."""
+        unreadable = None
+        for passed in range(0, count, _PASSED_BETWEEN_BEATS):
+            watch.beat(doing := f"passing over {count:,} examples that were trained on")
+            if passed:
+                say(f"{doing}: {passed:,}")
+                watch.agree(doing)
+            number = min(_PASSED_BETWEEN_BEATS, count - passed)
+            try:
+                next(islice(self._stream, number, number), None)
+            except UserError as error:
+                unreadable = unreadable or error
+        if unreadable:
+            raise unreadable
 
     def row_numbers(self, step: int) -> list[str]:
         """The places of the examples of the step that was read last: of this rank, where each has its own files."""

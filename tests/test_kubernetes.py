@@ -64,7 +64,7 @@ def test_the_manifest_is_valid():
         ("completion", 2),
         ("completions", "two"),
         ("podFailurePolicy.rules", [{"onExitCodes": {"operator": "In", "values": [2]}}]),
-        ("template.spec.terminationGracePeriod", 660),
+        ("template.spec.terminationGracePeriod", 720),
         ("template.spec.containers", [{"image": "no name"}]),
     ],
 )

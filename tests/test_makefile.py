@@ -80,6 +80,10 @@ def test_launching_takes_hosts_nodes_and_a_configuration(checkout):
     assert command("launch-deepspeed", *given) == 'HOSTFILE="my hosts" launch/deepspeed.sh my.yaml loss.alpha=0.5'
     assert command("launch-slurm") == f"sbatch launch/slurm.sbatch {sample}"
     assert command("launch-slurm", "NNODES=4", "CONFIG=my.yaml") == "sbatch --nodes=4 launch/slurm.sbatch my.yaml"
+    assert (
+        command("launch-slurm", "SBATCH=--time=60 --gpus=2")
+        == f"sbatch --time=60 --gpus=2 launch/slurm.sbatch {sample}"
+    )
 
 
 def test_nproc_reaches_the_launch_script(checkout):

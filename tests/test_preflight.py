@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from cluster.hosts import Network, missing
 from conftest import REPOSITORY, environment
 from distributed import hosts_apart
@@ -162,6 +163,56 @@ def test_two_hosts_that_differ_are_both_named(tmp_path):
     assert flight.problems() == ["training.seed: node1 (rank 0) has 0; node2 (rank 1) has 1"]
 
 
+# --- before there is a group ---
+
+
+@pytest.mark.parametrize("odd", [0, 1], ids=["the rank that keeps the store", "another"])
+def test_a_host_without_its_gpus_is_refused_before_a_group_waits_for_it(tmp_path, odd):
+    """The machine of these tests has no GPU; one rank is told to use its own."""
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    ranks = [
+        Rank([{"name": f"node{number + 1}"}, ["preflight", SAMPLE, f"training.output_dir={tmp_path / 'run'}"]],
+             environment={"LOCAL_RANK": "0", "PDL_REFUSED": str(tmp_path / f"refused{number}")} | ({"DS_ACCELERATOR": "cuda"} if number == odd else {}))
+        for number in range(3)
+    ]  # fmt: skip
+    group = Group(ranks, hosts_apart.run)
+    assert group.wait(60) == [2, 2, 2]
+    assert group.said[0].strip().splitlines() == [
+        "pdl: the ranks cannot form a group",
+        f"  - node{odd + 1} (rank {odd}): DS_ACCELERATOR=cuda, and of 0 GPUs none for local rank 0",
+    ]
+    assert group.said[1:] == ["", ""]
+    assert len(list(tmp_path.glob("refused*"))) == 3
+
+
+@pytest.mark.parametrize("missing_rank", [0, 1])
+def test_a_rank_that_never_comes_ends_the_others(tmp_path, missing_rank):
+    told = [{"name": "node1", "patience": 3}, ["preflight", SAMPLE, f"training.output_dir={tmp_path / 'run'}"]]
+    place = {"RANK": str(1 - missing_rank), "WORLD_SIZE": "2", "LOCAL_RANK": "0"}
+    group = Group([Rank(told, environment=place)], hosts_apart.run)
+    assert group.wait(60) == [1]
+    assert f"pdl: rank {1 - missing_rank} on node1: " in group.said[0] and "Traceback" not in group.said[0]
+
+
+def test_a_rank_that_hangs_in_the_first_collective_ends_all(tmp_path):
+    told = ["preflight", SAMPLE, f"training.output_dir={tmp_path / 'run'}"]
+    ranks = [Rank([{"patience": 3} | more, told]) for more in ({}, {"suspends": "barrier"})]
+    group = Group(ranks, hosts_apart.run)
+    group.processes[0].join(60)
+    assert group.processes[0].exitcode == 1
+    assert "no progress for 3 s while trying gloo" in group.said[0]
+    group.processes[1].kill()
+
+
+def test_what_breaks_on_one_rank_only_ends_all_with_its_name():
+    """An error that nobody foresaw: no rank waits in a collective for the one that raised it."""
+    group = Group([Rank(1), Rank(0)], hosts_apart.divide_by)
+    assert group.wait(60) == [2, 2]
+    assert re.fullmatch(r"\S+ \(rank 1\): ZeroDivisionError: division by zero\n", group.said[0])
+    assert "return 1 / divisor" in group.said[1]  # where it broke, for whoever mends it
+
+
 @pytest.mark.cluster
 def test_two_real_hosts(tmp_path):
     """Names and addresses of their own, an output directory of their own, and nothing told to anybody."""
@@ -256,7 +307,7 @@ def test_training_alone_does_not_look(tmp_path):
 
 
 def test_many_ranks_are_named_briefly():
-    from pdl.preflight import Hosts
+    from pdl.hosts import Hosts
 
     hosts = Hosts([f"node{rank // 8}" for rank in range(512)], list(range(0, 512, 8)))
     assert hosts.where([8, 9, 10, 15, 16]) == "node1 (ranks 8-10,15), node2 (rank 16)"

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -190,6 +191,32 @@ def test_a_refused_job_ends_with_2_from_any_place_of_the_repository_with_its_own
 
 
 @pytest.mark.cluster
+def test_a_job_that_gets_no_further_is_not_requeued_for_ever(cluster, tmp_path):
+    """As where the time limit leaves nothing before the signal that announces it."""
+    run = tmp_path / "run"
+    job = submit(cluster, run, [SAMPLE, *TINY, *ENDLESS])
+    job.until(lambda: steps(run) > 2)
+    cluster.command("scancel", "--batch", "--signal=USR1", str(job.number))
+    job.until(lambda: job.restarts() == 1)
+    saved = status(run)["checkpoint"]
+    job.until(lambda: job.state() == "RUNNING")
+    time.sleep(1)  # the script is there; the ranks take seconds
+    cluster.command("scancel", "--batch", "--signal=USR1", str(job.number))
+    assert job.ends() == ("FAILED", "75:0"), job.said()
+    assert job.restarts() == 1
+    assert f"stopped by a signal, its checkpoint at step {saved}, as it did before; not requeued" in job.said()
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+@pytest.mark.cluster
+def test_a_job_without_gpus_is_refused_unless_it_is_to_train_without(cluster, tmp_path):
+    job = submit(cluster, tmp_path / "run", RUN, DS_ACCELERATOR="")
+    assert job.ends() == ("FAILED", "2:0"), job.said()
+    assert "the job has no GPU: sbatch --gpus-per-node=N ..., or DS_ACCELERATOR=cpu" in job.said()
+    assert job.restarts() == 0
+
+
+@pytest.mark.cluster
 def test_no_more_requeues_than_allowed(cluster, tmp_path):
     run = tmp_path / "run"
     job = submit(cluster, run, [SAMPLE, *TINY, *ENDLESS], MAX_REQUEUES="0")
@@ -197,3 +224,13 @@ def test_no_more_requeues_than_allowed(cluster, tmp_path):
     cluster.command("scancel", "--batch", "--signal=USR1", str(job.number))
     assert job.ends() == ("FAILED", "75:0"), job.said()
     assert "not requeued: it was 0 times already, MAX_REQUEUES=0" in job.said()
+
+
+@pytest.mark.cluster
+def test_what_slurm_itself_starts_again_counts(cluster, tmp_path):
+    run = tmp_path / "run"
+    job = submit(cluster, run, [SAMPLE, *TINY, *ENDLESS], MAX_REQUEUES="0")
+    job.until(lambda: steps(run) > 2)
+    cluster.command("scontrol", "requeue", str(job.number))
+    assert job.ends() == ("FAILED", "75:0"), job.said()
+    assert "Slurm has started this job again 1 times, MAX_REQUEUES=0; not run" in job.said()

@@ -25,6 +25,7 @@ from pdl.frequencies import TokenFrequencies
 from pdl.records import examples_hash, records
 from pdl.run_directory import differences
 from pdl.streaming import StreamedBatches, count_corpus, shuffled, training_examples
+from pdl.train import Trainer
 
 WORDS = 30  # of test_data's tokenizer
 
@@ -53,6 +54,38 @@ def corpus(folder: Path, number: int = 75, files: int = 3, **settings):
     made = data_config(folder / "*.jsonl", streaming=True, shuffle_buffer=16, **settings)
     made.training.global_batch_size, made.training.micro_batch_size = 8, 2
     return made
+
+
+def pass_over(folder: str) -> int:
+    """One rank of a run that goes on at its third step: what is wrong is the same on all."""
+    streaming._PASSED_BETWEEN_BEATS = 5
+    distributed.start()
+    read = batches(corpus(Path(folder)) if Path(folder).name == "whole" else corpus_cut_off(Path(folder)))
+    trainer = Trainer(
+        engine=None, head=None, weights=torch.ones(WORDS), meter=None, batches=read, validation=None, collator=None,
+        learning_rate=None, reduction="sum", alpha=0.0, zero_stage=0,
+    )  # fmt: skip
+    window, unreadable = trainer.window(2)
+    try:
+        trainer.global_denominator(2, window, unreadable)
+    except UserError as error:
+        print(error, flush=True)
+    distributed.stop()
+    return 0
+
+
+def corpus_cut_off(folder: Path):
+    """The second file ends in the middle of a line, here and not on the other host."""
+    made = corpus(folder)
+    path = folder / "part-0.jsonl"
+    path.write_text(path.read_text()[:-20])
+    return made
+
+
+def test_what_one_rank_alone_cannot_read_on_its_way_ends_all(tmp_path):
+    group = Group([Rank(str(tmp_path / name)) for name in ("whole", "cut")], pass_over)
+    assert group.wait(120) == [0, 0], group.said
+    assert all("part-0.jsonl:25" in said for said in group.said), group.said
 
 
 def batches(made, of: Encoder | None = None) -> StreamedBatches:

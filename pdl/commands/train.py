@@ -73,7 +73,15 @@ def with_configuration(arguments: argparse.Namespace, work: Callable[[Config], i
     from pdl import distributed, preflight
 
     logging.disable_progress_bar()
-    distributed.start()
+    try:
+        distributed.start()
+    except UserError as error:
+        if os.environ["RANK"] == "0":
+            print(f"pdl: {error}", file=sys.stderr)
+        return _refused()
+    except distributed.RunFailed as error:  # who could say it for all is not known
+        print(f"pdl: rank {os.environ['RANK']} on {error}", file=sys.stderr)
+        return 1
     try:
         config = preflight.on_every_host(
             lambda: load_config(arguments.config, arguments.overrides, ranks or distributed.world_size())
@@ -81,10 +89,14 @@ def with_configuration(arguments: argparse.Namespace, work: Callable[[Config], i
         code = work(config)
     except UserError as error:
         distributed.say(f"pdl: {error}", file=sys.stderr)
-        code = 2
-        # A run that is refused before it owns its directory leaves no status.json: our launch scripts look here.
-        if distributed.local_rank() == 0 and "PDL_REFUSED" in os.environ:
-            Path(os.environ["PDL_REFUSED"]).touch()
+        code = _refused()
     watch.end()
     distributed.stop()
     return code
+
+
+def _refused() -> int:
+    """The exit code. A run that is refused before it owns its directory leaves no status.json: our launch scripts look here."""
+    if "PDL_REFUSED" in os.environ and os.environ.get("LOCAL_RANK", "0") == "0":
+        Path(os.environ["PDL_REFUSED"]).touch()
+    return 2

@@ -1,19 +1,21 @@
 """What makes a rank another host than the others: its name, its clock, its libraries, a network that garbles. In its process only."""
 
 import importlib.metadata
+import os
 import resource
 import signal
 import socket
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import torch.distributed as dist
 
 from pdl import distributed
 from pdl.__main__ import main
-from pdl.config import load_config
-from pdl.preflight import preflight
+from pdl.config import UserError, load_config
+from pdl.preflight import on_every_host, preflight
 
 
 def run(told: list) -> int:
@@ -29,6 +31,23 @@ def begin_to_train(arguments: list[str]) -> int:
     distributed.start()
     preflight(load_config(*arguments, world_size=distributed.world_size()))
     distributed.stop()
+    return 0
+
+
+def divide_by(divisor: int) -> int:
+    """Work that may break, on every rank."""
+    distributed.start()
+
+    def work() -> float:
+        return 1 / divisor
+
+    try:
+        on_every_host(work)
+    except UserError as error:
+        distributed.say(str(error))
+        return 2
+    finally:
+        distributed.stop()
     return 0
 
 
@@ -64,6 +83,16 @@ def _garbles(operation: str) -> None:
         return work
 
     setattr(dist, operation, garbled)
+
+
+def _patience(seconds: float) -> None:
+    """For how long it waits for ranks that do not come, or do nothing."""
+    distributed._MEETING = timedelta(seconds=seconds)
+
+
+def _suspends(operation: str) -> None:
+    """The process is stopped where it would begin the operation, as by a debugger or a frozen container."""
+    setattr(dist, operation, lambda *_, **__: os.kill(os.getpid(), signal.SIGSTOP))
 
 
 def _full(size: int) -> None:
