@@ -78,9 +78,13 @@ class LossConfig:
     general_weight: float = 0.0  # share of the general corpus in the frequencies
     frequencies: str | None = None  # a frequency file (`python -m pdl count`); without it the training data is counted
     path: Literal["head", "logits"] = "head"  # where the loss is computed; `logits` serves models whose head cannot
+    row_sampling: float | None = (
+        None  # approximate: gradients of this share of the rows only, unbiased; default: of all
+    )
 
     def describe(self) -> str:
-        return f"{self.name} alpha={self.alpha:g} epsilon={self.epsilon:g}" if self.name == "power_law" else self.name
+        name = f"{self.name} alpha={self.alpha:g} epsilon={self.epsilon:g}" if self.name == "power_law" else self.name
+        return name if self.row_sampling is None else f"{name} row_sampling={self.row_sampling:g} (approximate)"
 
 
 @dataclass
@@ -393,6 +397,15 @@ def _check_values(config: Config, world_size: int, problems: list[str]) -> None:
         need(
             not loss.normalize or loss.max_weight >= 1,
             f"loss.max_weight={loss.max_weight} must be >= 1 with loss.normalize: the mean weight is 1",
+        )
+    if loss.row_sampling is not None:
+        need(
+            0 < loss.row_sampling < 1,
+            f"loss.row_sampling={loss.row_sampling} must lie between 0 and 1; null takes all rows",
+        )
+        need(
+            loss.path == "head",
+            "loss.row_sampling saves what loss.path=logits has paid for already; use loss.path=head, or leave it out",
         )
     need(0 <= loss.general_weight <= 1, f"loss.general_weight={loss.general_weight} must lie in [0, 1]")
     need(

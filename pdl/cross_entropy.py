@@ -7,21 +7,55 @@ global batch divides once (arXiv 2505.16900, Eq. 5, is the plain sum).
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 
+class Objective(NamedTuple):
+    """What is minimized for one token besides its cross-entropy l = -log p(label); by default nothing.
+
+    f * ((1 - label_smoothing) * l + label_smoothing * mean over the vocabulary of -log p + z_loss * logsumexp(logits)^2), where
+    f = p(label)^certain * (1 - p(label))^uncertain is a constant to the gradient.
+
+    label_smoothing: in [0, 1) (Szegedy 2016, arXiv 1512.00567). z_loss: 1e-4 in PaLM (arXiv 2204.02311, section 5).
+    uncertain: the gamma of focal loss (Lin 2017, arXiv 1708.02002, Eq. 4; there f has a gradient, too). certain: 1 is dynamic
+    finetuning, DFT (arXiv 2508.05629, Eq. 9).
+    """
+
+    label_smoothing: float = 0.0
+    z_loss: float = 0.0
+    certain: float = 0.0
+    uncertain: float = 0.0
+
+    def value(self, losses: torch.Tensor, means: torch.Tensor | None, logsumexps: torch.Tensor) -> torch.Tensor:
+        """Of each token. losses: l. means: of -log p over the vocabulary, wanted for label smoothing only."""
+        value = losses
+        if self.label_smoothing:
+            value = (1 - self.label_smoothing) * losses + self.label_smoothing * means
+        if self.z_loss:
+            value = value + self.z_loss * logsumexps.square()
+        return value
+
+    def modulation(self, losses: torch.Tensor) -> torch.Tensor | None:
+        """f of each token, without a gradient; None where it is 1."""
+        if not self.certain and not self.uncertain:
+            return None
+        losses = losses.detach()
+        return torch.exp(-self.certain * losses) * (-torch.expm1(-losses)) ** self.uncertain
+
+
 @dataclass
 class LossSums:
     """What one forward contributes to the loss of a global batch.
 
-    weighted: sum of w * l / denominator, float32, the only field with a gradient.
+    weighted: sum of w * l / denominator, float32 (float64 for float64 logits), the only field with a gradient.
     weight, cross_entropy: sum of w and of the unweighted l, float64, detached.
     tokens: number of supervised tokens M.
     token_losses: unweighted l of each supervised token, in order, float32 `[M]`, detached.
-    token_correct: whether the label is the largest logit, bool `[M]`.
+    token_correct: whether no logit is larger than the label's, bool `[M]`.
     """
 
     weighted: torch.Tensor
@@ -40,6 +74,7 @@ def weighted_cross_entropy(
     token_weights: torch.Tensor | None = None,
     denominator: torch.Tensor | float = 1.0,
     ignore_index: int = -100,
+    objective: Objective = Objective(),  # noqa: B008  (immutable)
 ) -> LossSums:
     """Sum of `weights[label] * token_weight * cross-entropy / denominator` over the labels that are not ignored.
 
@@ -47,6 +82,7 @@ def weighted_cross_entropy(
     labels: integers `[N]`, aligned with the logits.
     weights: float32 `[vocabulary]`, one per output row, as `power_law_weights` gives them.
     token_weights: `[N]`, an extra factor per position. denominator: a number or a scalar tensor.
+    objective: what stands for l in `weighted`; the other fields are of the plain cross-entropy.
 
     Only ignored labels are dropped: a row of weight 0 still counts in `tokens` and `cross_entropy`. Without any label
     `weighted` is 0 on a live graph, so that every gradient is zero and never None.
@@ -60,24 +96,16 @@ def weighted_cross_entropy(
     if len(rows) < len(labels):
         logits, labels = logits.index_select(0, rows), labels.index_select(0, rows)
         token_weights = None if token_weights is None else token_weights.index_select(0, rows)
-    return supervised_cross_entropy(logits, labels, weights, token_weights, denominator)
-
-
-def supervised_cross_entropy(
-    logits: torch.Tensor,
-    labels: torch.Tensor,
-    weights: torch.Tensor,
-    token_weights: torch.Tensor | None,
-    denominator: torch.Tensor | float,
-) -> LossSums:
-    """`weighted_cross_entropy` for rows that all have a label; arguments as there."""
     labels = labels.long()
-    losses = F.cross_entropy(logits.float(), labels, reduction="none")
-    token_weight = weights[labels].double()
-    if token_weights is not None:
-        token_weight = token_weight * token_weights.double()
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    losses = F.cross_entropy(logits, labels, reduction="none")
+    logsumexps = logits.logsumexp(-1) if objective != Objective() else losses
+    values = objective.value(losses, logsumexps - logits.mean(-1), logsumexps)
+    if (modulation := objective.modulation(losses)) is not None:
+        values = values * modulation
+    token_weight = weight_of_tokens(labels, weights, token_weights)
     # The factor of each row is fixed before the product, in float64: one rounding, and no overflow of a large sum.
-    weighted = (losses * (token_weight / denominator).float()).sum()
+    weighted = (values * (token_weight / denominator).to(values.dtype)).sum()
     with torch.no_grad():
         return LossSums(
             weighted=weighted,
@@ -85,8 +113,14 @@ def supervised_cross_entropy(
             cross_entropy=losses.double().sum(),
             tokens=len(labels),
             token_losses=losses.detach(),
-            token_correct=logits.argmax(-1) == labels,
+            token_correct=logits.gather(1, labels[:, None]).squeeze(1) >= logits.amax(-1),
         )
+
+
+def weight_of_tokens(labels: torch.Tensor, weights: torch.Tensor, token_weights: torch.Tensor | None) -> torch.Tensor:
+    """w of each label, times its own factor; float64."""
+    weight = weights[labels].double()
+    return weight if token_weights is None else weight * token_weights.double()
 
 
 class PowerLawDecayLoss(nn.Module):

@@ -1,15 +1,20 @@
-"""Weighted cross-entropy straight from hidden states: logits are made for supervised rows only.
+"""Weighted cross-entropy straight from hidden states, without the `[tokens, vocabulary]` logits.
 
-Prompts and padding are most of a finetuning batch; their rows of the `[tokens, vocabulary]` logits, the largest tensor
-of a step, are never made.
+They are the largest tensor of a finetuning step, and most of their rows are wasted: prompts and padding have no label. Here
+only labelled rows get logits, some hundred at a time in one scratch buffer, and the buffer's gradient is made in place before
+the next rows come: three matrix products in all, as many as cross-entropy needs, and one pass over the logits between them.
+The factor of each row (its weight over the denominator of the global batch) is known before, so gradients come out final.
 """
 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 
-from pdl.cross_entropy import LossSums, supervised_cross_entropy
+from pdl.cross_entropy import LossSums, Objective, weight_of_tokens
+
+_ROWS = {"cpu": 512, "cuda": 4096}  # whose logits exist at the same time; with fewer, matrix products are slow
+_SCRATCH = {"cpu": 256 << 20, "cuda": 5 << 29}  # bytes that they may take
+_BLOCK = {"cpu": 1 << 20, "cuda": 256 << 20}  # bytes in float32 of what one pass works on; a CPU holds it in its caches
 
 
 def linear_weighted_cross_entropy(
@@ -24,25 +29,238 @@ def linear_weighted_cross_entropy(
     logit_scale: float = 1.0,
     softcap: float | None = None,
     ignore_index: int = -100,
+    objective: Objective = Objective(),  # noqa: B008  (immutable)
+    chunk_rows: int | None = None,
 ) -> LossSums:
     """`weighted_cross_entropy` of `softcap(logit_scale * (hidden @ head_weight.T + bias))`.
 
-    hidden: `[N, width]`; head_weight: `[vocabulary, width]`; labels: `[N]`; bias: `[vocabulary]`.
+    hidden: `[N, width]`; head_weight: `[vocabulary, width]` of the same float type, unless autocast casts both.
+    labels: integers `[N]`; bias: `[vocabulary]`.
     logit_scale: a factor on the logits (Granite, Cohere). softcap: `c * tanh(logits / c)` (Gemma).
-    The rest, the result and the errors are those of `weighted_cross_entropy`.
+    chunk_rows: rows whose logits are made at a time; by default it follows the device and the sizes.
+    The rest, the result and the errors are those of `weighted_cross_entropy`. The gradients of `weighted` are made with it;
+    backward multiplies them by what comes in, and hands them out as they are where that is 1.
     """
     if hidden.dim() != 2 or hidden.shape[:1] != labels.shape or weights.shape != head_weight.shape[:1]:
         raise ValueError(
             "hidden [N, D], labels [N], head_weight [V, D] and weights [V] do not fit: "
             f"{list(hidden.shape)}, {list(labels.shape)}, {list(head_weight.shape)}, {list(weights.shape)}"
         )
-    rows = (labels != ignore_index).nonzero().squeeze(1)
-    if len(rows) < len(labels):
-        hidden, labels = hidden.index_select(0, rows), labels.index_select(0, rows)
-        token_weights = None if token_weights is None else token_weights.index_select(0, rows)
-    logits = F.linear(hidden, head_weight, None if bias is None else bias.to(hidden.dtype))
-    if logit_scale != 1.0:
-        logits = logits * logit_scale
-    if softcap is not None:
-        logits = torch.tanh(logits / softcap) * softcap
-    return supervised_cross_entropy(logits, labels, weights, token_weights, denominator)
+    if torch.is_autocast_enabled(hidden.device.type):
+        dtype = torch.get_autocast_dtype(hidden.device.type)
+        hidden, head_weight = hidden.to(dtype), head_weight.to(dtype)
+    if hidden.dtype != head_weight.dtype:
+        raise ValueError(
+            f"hidden is {hidden.dtype}, head_weight {head_weight.dtype}: cast one of them, or use autocast"
+        )
+    bias = None if bias is None else bias.to(hidden.dtype)
+    with torch.no_grad():
+        token_weight = weight_of_tokens(labels.masked_fill(labels == ignore_index, 0), weights, token_weights)
+        rows, graded = _labelled_first(labels != ignore_index, token_weight != 0)
+        labels, token_weight = labels[rows].long(), token_weight[rows]
+        factors = token_weight / denominator
+    wanted = [
+        torch.is_grad_enabled() and leaf is not None and leaf.requires_grad for leaf in (hidden, head_weight, bias)
+    ]
+    weighted, losses, correct, *_ = _linear_cross_entropy(
+        hidden, head_weight, bias, rows, labels, factors, graded if any(wanted) else 0,
+        logit_scale, softcap or 0.0, list(objective), chunk_rows or _chunk_rows(len(rows), head_weight), wanted,
+    )  # fmt: skip
+    if graded < len(rows):
+        in_order = rows.argsort()
+        losses, correct = losses[in_order], correct[in_order]
+    return LossSums(
+        weighted=weighted,
+        weight=token_weight.sum(),
+        cross_entropy=losses.double().sum(),
+        tokens=len(rows),
+        token_losses=losses,
+        token_correct=correct,
+    )
+
+
+def _labelled_first(labelled: torch.Tensor, weighty: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """The numbers of the labelled rows, those that have a gradient first, and how many have one. One wait for the device."""
+    weighty = weighty & labelled
+    order = torch.argsort(labelled.byte() + weighty.byte(), descending=True, stable=True)
+    number, graded = torch.stack([labelled.sum(), weighty.sum()]).tolist()
+    return order[:number], graded
+
+
+def _chunk_rows(rows: int, head_weight: torch.Tensor) -> int:
+    """Chunks of equal size, as few as there is room for."""
+    device = head_weight.device.type
+    vocabulary, width = head_weight.shape
+    fit = max(1, _SCRATCH[device] // (vocabulary * head_weight.element_size()))
+    # So few rows that all of them at once take less room than a float32 sum of the chunks' gradients of the head.
+    at_once = rows <= 2 * width and head_weight.dtype in (torch.bfloat16, torch.float16)
+    most = fit if at_once else min(fit, _ROWS[device])
+    chunks = -(-rows // most)
+    return -(-rows // max(1, chunks))
+
+
+@torch.library.custom_op("pdl::linear_cross_entropy", mutates_args=())
+def _linear_cross_entropy(
+    hidden: torch.Tensor,
+    head_weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    rows: torch.Tensor,
+    labels: torch.Tensor,
+    factors: torch.Tensor,
+    graded: int,
+    logit_scale: float,
+    softcap: float,
+    objective: list[float],
+    chunk_rows: int,
+    wanted: list[bool],
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The weighted sum, cross-entropy and correctness of each row, and the sum's gradients to hidden, head_weight and bias.
+
+    rows, labels, factors: `[M]`; gradients flow to the first `graded` of them only. wanted: which of the three are; the others are empty.
+    An operator of its own: torch.compile takes it as one node, as it is.
+    """
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    device, vocabulary = hidden.device.type, len(head_weight)
+    # A CPU without instructions for a narrow type takes 100 times as long for its products.
+    products = wide if device == "cpu" and not _has_products(hidden.dtype) else hidden.dtype
+    head = head_weight.to(products)
+    hidden_gradient = torch.zeros_like(hidden) if wanted[0] else hidden.new_empty(0)
+    # Narrow sums over many chunks would lose what the later ones add; a single chunk is summed wide inside its product.
+    summed = products if graded <= chunk_rows else wide
+    head_gradient = torch.zeros_like(head, dtype=summed) if wanted[1] else head.new_empty(0)
+    bias_gradient = hidden.new_zeros(vocabulary if wanted[2] else 0, dtype=wide)
+    values = hidden.new_zeros(len(rows), dtype=wide)
+    losses, correct = torch.empty_like(values), torch.empty_like(values, dtype=torch.bool)
+    scratch = head.new_empty(min(chunk_rows, len(rows)), vocabulary)
+    row_pass = _RowPass(Objective(*objective), logit_scale, softcap, max(1, _BLOCK[device] // (4 * vocabulary)))
+    for start, end in _chunks(graded, len(rows), chunk_rows):
+        those = slice(start, end)
+        inputs = hidden.index_select(0, rows[those]).to(products)
+        logits = torch.mm(inputs, head.t(), out=scratch[: end - start])
+        if bias is not None:
+            logits += bias
+        with_gradient = end <= graded
+        row_pass(logits, labels[those], factors[those], values[those], losses[those], correct[those], with_gradient)
+        if not with_gradient:
+            continue
+        if wanted[0]:
+            hidden_gradient.index_copy_(0, rows[those], torch.mm(logits, head).to(hidden.dtype))
+        if wanted[1]:
+            _add_product(head_gradient, logits.t(), inputs)
+        if wanted[2]:
+            bias_gradient += logits.sum(0, dtype=wide)
+    gradients = hidden_gradient, head_gradient.to(head_weight.dtype), bias_gradient.to(hidden.dtype)
+    return values.double().sum().to(wide), losses, correct, *gradients
+
+
+@_linear_cross_entropy.register_fake
+def _(hidden, head_weight, bias, rows, labels, factors, graded, logit_scale, softcap, objective, chunk_rows, wanted):
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    return (
+        hidden.new_empty((), dtype=wide),
+        hidden.new_empty(len(rows), dtype=wide),
+        hidden.new_empty(len(rows), dtype=torch.bool),
+        torch.empty_like(hidden) if wanted[0] else hidden.new_empty(0),
+        torch.empty_like(head_weight) if wanted[1] else hidden.new_empty(0),
+        hidden.new_empty(len(head_weight) if wanted[2] else 0),
+    )
+
+
+def _keep_gradients(ctx, inputs, output):
+    ctx.save_for_backward(*output[3:])
+    ctx.wanted = inputs[-1]
+    ctx.set_materialize_grads(False)
+
+
+def _hand_out_gradients(ctx, upstream, *_):
+    # To know it on a GPU the CPU would have to wait; what only stands for a tensor, while it is traced, has no value.
+    unchanged = (
+        upstream is not None and upstream.device.type == "cpu" and type(upstream) is torch.Tensor and upstream == 1
+    )
+    gradients = [
+        (gradient if unchanged else gradient * upstream) if wanted and upstream is not None else None
+        for gradient, wanted in zip(ctx.saved_tensors, ctx.wanted, strict=True)
+    ]
+    return (*gradients, *[None] * 9)
+
+
+_linear_cross_entropy.register_autograd(_hand_out_gradients, setup_context=_keep_gradients)
+
+
+def _chunks(graded: int, rows: int, size: int):
+    """(start, end) of rows that have gradients, then of those that have none."""
+    for first, last in ((0, graded), (graded, rows)):
+        for start in range(first, last, max(1, size)):
+            yield start, min(start + size, last)
+
+
+def _has_products(dtype: torch.dtype) -> bool:
+    """Whether this CPU multiplies matrices of a type as it is."""
+    if dtype == torch.bfloat16:
+        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    if dtype == torch.float16:
+        return torch.ops.mkldnn._is_mkldnn_fp16_supported()
+    return True
+
+
+def _add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
+    """total += left @ right, summed in the type of total."""
+    if total.dtype == right.dtype:
+        total.addmm_(left, right)
+    elif total.is_cuda:
+        torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
+    else:
+        total += left @ right
+
+
+class _RowPass:
+    """From logits to cross-entropies, and in place to the gradient of the weighted sum with respect to what the product gave.
+
+    rows: that are worked on together.
+    """
+
+    def __init__(self, objective: Objective, logit_scale: float, softcap: float, rows: int):
+        self.objective, self.logit_scale, self.softcap, self.rows = objective, logit_scale, softcap, rows
+
+    def __call__(self, logits, labels, factors, values, losses, correct, with_gradient: bool) -> None:
+        wide = values.dtype
+        for block in zip(
+            *(each.split(self.rows) for each in (logits, labels, factors, values, losses, correct)), strict=True
+        ):
+            narrow, *others = block
+            work = narrow if narrow.dtype == wide else narrow.to(wide)
+            self._block(work, *others, with_gradient)
+            if with_gradient and work is not narrow:
+                narrow.copy_(work)
+
+    def _block(self, logits, labels, factors, values, losses, correct, with_gradient: bool) -> None:
+        objective, labels = self.objective, labels[:, None]
+        capped = None
+        if self.logit_scale != 1.0:
+            logits *= self.logit_scale
+        if self.softcap:
+            capped = logits.div_(self.softcap).tanh_().clone() if with_gradient else logits.div_(self.softcap).tanh_()
+            logits *= self.softcap
+        largest = logits.amax(1, keepdim=True)
+        label_logits = logits.gather(1, labels)
+        torch.ge(label_logits, largest, out=correct[:, None])
+        mean = logits.mean(1, keepdim=True) if objective.label_smoothing else None
+        total = logits.sub_(largest).exp_().sum(1, keepdim=True)
+        log_total = total.log()
+        row_losses = (log_total + (largest - label_logits)).squeeze(1)
+        losses.copy_(row_losses)
+        logsumexps = (log_total + largest).squeeze(1)
+        means = None if mean is None else logsumexps - mean.squeeze(1)
+        if (modulation := objective.modulation(row_losses)) is not None:
+            factors = factors * modulation
+        values.copy_(objective.value(row_losses, means, logsumexps) * factors)
+        if not with_gradient:
+            return
+        factors = (factors * self.logit_scale).to(logits.dtype)
+        # d/dz of the objective: p * (1 + 2 z_loss logsumexp) - (1 - smoothing) at the label - smoothing / vocabulary
+        logits *= (factors * (1 + 2 * objective.z_loss * logsumexps)).div_(total.squeeze(1))[:, None]
+        if objective.label_smoothing:
+            logits -= (factors * (objective.label_smoothing / logits.shape[1]))[:, None]
+        logits.scatter_add_(1, labels, (factors * (objective.label_smoothing - 1))[:, None])
+        if capped is not None:
+            logits *= capped.square_().neg_().add_(1)

@@ -26,6 +26,7 @@ class _Target:
     labels: torch.Tensor
     weights: torch.Tensor
     denominator: torch.Tensor | float
+    token_weights: torch.Tensor | None
 
 
 class LossHead(nn.Linear):
@@ -54,9 +55,15 @@ class LossHead(nn.Linear):
         return head
 
     @contextmanager
-    def supervise(self, labels: torch.Tensor, weights: torch.Tensor, denominator: torch.Tensor | float):
+    def supervise(
+        self,
+        labels: torch.Tensor,
+        weights: torch.Tensor,
+        denominator: torch.Tensor | float,
+        token_weights: torch.Tensor | None = None,
+    ):
         """For one forward of the model: compute the loss against `labels` `[batch, sequence]`, aligned with the logits."""
-        self._target = _Target(labels, weights, denominator)
+        self._target = _Target(labels, weights, denominator, token_weights)
         try:
             yield
         finally:
@@ -84,6 +91,7 @@ class LossHead(nn.Linear):
             self.weight,
             self._target.labels.reshape(-1),
             self._target.weights,
+            token_weights=None if self._target.token_weights is None else self._target.token_weights.reshape(-1),
             denominator=self._target.denominator,
             bias=self._bias(),
             logit_scale=self._logit_scale,
@@ -123,17 +131,22 @@ def loss_of(
     labels: torch.Tensor,
     weights: torch.Tensor,
     denominator: torch.Tensor | float,
+    token_weights: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, LossSums]:
     """One forward with its loss: `(loss, sums)`, where `loss` is the scalar to call backward on.
 
     forward: the model, or the DeepSpeed engine around it. inputs: its keyword arguments, without labels.
     head: the model's LossHead, or None to compute over the model's full logits (`loss.path=logits`).
+    token_weights: like labels, a factor of each position's weight.
     """
     if head is None:
         logits = forward(**inputs, use_cache=False).logits
-        sums = weighted_cross_entropy(logits.flatten(0, 1), labels.flatten(), weights, denominator=denominator)
+        sums = weighted_cross_entropy(
+            logits.flatten(0, 1), labels.flatten(), weights, denominator=denominator,
+            token_weights=None if token_weights is None else token_weights.flatten(),
+        )  # fmt: skip
         return sums.weighted, sums
-    with head.supervise(labels, weights, denominator):
+    with head.supervise(labels, weights, denominator, token_weights):
         logits = forward(**inputs, use_cache=False).logits
     sums = head.take()
     # The second term is 0, but it keeps what the model did after its head, and ZeRO-3's hooks on it, in the graph.

@@ -33,6 +33,7 @@ from pdl.model import (
 from pdl.preflight import preflight
 from pdl.prepare import Prepared, prepare
 from pdl.report import Progress, opening, report
+from pdl.row_sampling import RowSampling
 from pdl.run_directory import (
     Status,
     ended_in_this_launch,
@@ -201,6 +202,7 @@ def train_model(config: Config, prepared: Prepared, storage: Storage, resume: Re
         alpha=config.loss.alpha if config.loss.name == "power_law" else 0.0,
         zero_stage=config.zero_stage,
         skip_nonfinite=training.skip_nonfinite,
+        row_sampling=RowSampling(config.loss.row_sampling, training.seed) if config.loss.row_sampling else None,
     )
     checkpointer = Checkpointer(
         storage, engine, prepared.made_with, yaml.safe_dump(config.to_dict(), sort_keys=False),

@@ -12,10 +12,12 @@ import torch.distributed as dist
 
 from pdl import distributed, watch
 from pdl.config import UserError
+from pdl.cross_entropy import LossSums
 from pdl.data import Batch, Collator, GlobalBatches, TokenRows, validation_batches
 from pdl.distributed import RunFailed
 from pdl.loss_head import LossHead, loss_of
 from pdl.metrics import Meter
+from pdl.row_sampling import RowSampling
 from pdl.streaming import StreamedBatches
 
 
@@ -44,7 +46,7 @@ class Trainer:
 
     head: None computes the loss over full logits. weights: float32 `[vocabulary]` on this rank's device; alpha is logged.
     learning_rate: the rate of an update, as a function of its step (from 0). skip_nonfinite: how many steps that are not
-    finite a run leaves out, never two in a row.
+    finite a run leaves out, never two in a row. row_sampling: which rows give gradients; None: all of them.
     """
 
     engine: torch.nn.Module
@@ -59,6 +61,7 @@ class Trainer:
     alpha: float
     zero_stage: int
     skip_nonfinite: int = 0
+    row_sampling: RowSampling | None = None
     state: TrainerState = field(default_factory=TrainerState)
 
     def steps(self, last_step: int, log_every: int, evaluate_every: int) -> Iterator[tuple[int, dict[str, float]]]:
@@ -89,6 +92,8 @@ class Trainer:
                 "train/learning_rate": self.learning_rate(done - 1),
                 "train/grad_norm": self.state.gradient_norm,
             }
+            if self.row_sampling is not None:
+                values["train/row_sampling"] = self.row_sampling.fraction  # the values above are estimates
             if self.skip_nonfinite:
                 values["train/skipped_steps"] = self.state.skipped
         if done % evaluate_every == 0 or done == last_step:
@@ -103,18 +108,18 @@ class Trainer:
         for group in self.engine.optimizer.param_groups:
             group["lr"] = self.learning_rate(step)
         window, unreadable = self.window(step)
-        denominator = self.global_denominator(step, window, unreadable)
+        # The denominator is that of the whole global batch, so gradients are to be summed over micro-batches and ranks.
+        # DeepSpeed sums over micro-batches (scale_wrt_gas=False) and averages over ranks, hence the number of ranks.
+        denominator = self.global_denominator(step, window, unreadable) / distributed.world_size()
         all_sums, finite = [], torch.ones((), device=self.weights.device)
         for number, batch in enumerate(window):
-            loss, sums = loss_of(self.engine, self.head, batch.inputs, batch.labels, self.weights, denominator)
+            loss, sums = self.loss(batch, denominator, step, number)
             all_sums.append(replace(sums, weighted=sums.weighted.detach()))
             finite *= torch.isfinite(loss.detach())
             if number == len(window) - 1 and not self._finite_on_all_ranks(finite):
                 self._tolerate(step, "loss")
                 loss = loss * torch.nan  # so that the gradient is not either, and no stage of ZeRO applies it
-            # The denominator is that of the whole global batch, so gradients are to be summed over micro-batches and ranks.
-            # DeepSpeed sums over micro-batches (scale_wrt_gas=False) and averages over ranks, hence the factor.
-            self.engine.backward(loss * distributed.world_size(), scale_wrt_gas=False)
+            self.engine.backward(loss, scale_wrt_gas=False)
             if number < len(window) - 1:
                 self.engine.step()
         if not self._update(step):
@@ -122,6 +127,16 @@ class Trainer:
         for batch, sums in zip(window, all_sums, strict=True):
             self.meter.add(sums, batch.labels, read=_tokens_read(batch))
         return True
+
+    def loss(self, batch: Batch, denominator: torch.Tensor, step: int, number: int) -> tuple[torch.Tensor, LossSums]:
+        """Of this rank's micro-batch `number`: the scalar to call backward on, and its sums."""
+        arguments = self.engine, self.head, batch.inputs
+        if self.row_sampling is None:
+            return loss_of(*arguments, batch.labels, self.weights, denominator)
+        place = number * distributed.world_size() + distributed.rank()
+        draw = self.row_sampling.draw(batch.labels, self.weights, step, place)
+        loss, sums = loss_of(*arguments, draw.labels, self.weights, denominator, draw.token_weights)
+        return loss, draw.estimate(sums)
 
     def window(self, step: int) -> tuple[list[Batch], UserError | None]:
         """This rank's micro-batches, or why they cannot be read: only a stream finds out so late, and maybe on one rank alone."""

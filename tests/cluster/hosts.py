@@ -23,7 +23,7 @@ def missing() -> str | None:
     """Why this machine cannot be several hosts, or None."""
     if os.geteuid() != 0:
         return "network namespaces need root"
-    absent = [tool for tool in ("ip", "unshare", "nsenter") if shutil.which(tool) is None]
+    absent = [tool for tool in ("ip", "unshare", "nsenter", "setpriv") if shutil.which(tool) is None]
     if absent:
         return f"{', '.join(absent)} missing: apt-get install iproute2 util-linux"
     tried = subprocess.run(
@@ -40,7 +40,8 @@ class Host:
     def __init__(self, name: str, address: str | None = None):
         self.name, self.address = name, address
         self._holder = subprocess.Popen(
-            ["unshare", "--net", "--uts", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc", *_INIT],
+            ["setpriv", "--pdeathsig=KILL",  # also where the tests are killed
+             "unshare", "--net", "--uts", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc", *_INIT],
             stdin=subprocess.DEVNULL, start_new_session=True,
         )  # fmt: skip
         deadline = time.monotonic() + 10
