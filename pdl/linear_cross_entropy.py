@@ -8,6 +8,8 @@ The factor of each row (its weight over the denominator of the global batch) is 
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 
 from pdl.cross_entropy import LossSums, Objective, weight_of_tokens
@@ -132,15 +134,16 @@ def _linear_cross_entropy(
     values = hidden.new_zeros(len(rows), dtype=wide)
     losses, correct = torch.empty_like(values), torch.empty_like(values, dtype=torch.bool)
     scratch = head.new_empty(min(chunk_rows, len(rows)), vocabulary)
-    row_pass = _RowPass(Objective(*objective), logit_scale, softcap, max(1, _BLOCK[device] // (4 * vocabulary)))
+    row_pass = _row_pass_for(scratch)
     for start, end in _chunks(graded, len(rows), chunk_rows):
         those = slice(start, end)
         inputs = hidden.index_select(0, rows[those]).to(products)
         logits = torch.mm(inputs, head.t(), out=scratch[: end - start])
-        if bias is not None:
-            logits += bias
         with_gradient = end <= graded
-        row_pass(logits, labels[those], factors[those], values[those], losses[those], correct[those], with_gradient)
+        row_pass(
+            logits, bias, labels[those], factors[those], values[those], losses[those], correct[those],
+            Objective(*objective), logit_scale, softcap, with_gradient,
+        )  # fmt: skip
         if not with_gradient:
             continue
         if wanted[0]:
@@ -213,54 +216,74 @@ def _add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -
         total += left @ right
 
 
-class _RowPass:
-    """From logits to cross-entropies, and in place to the gradient of the weighted sum with respect to what the product gave.
+def _row_pass_for(logits: torch.Tensor):
+    if logits.is_cuda and logits.dtype != torch.float64:
+        with contextlib.suppress(ImportError):  # not every torch for GPUs comes with Triton
+            from pdl import row_kernel  # takes a while, for nothing on a CPU
 
-    rows: that are worked on together.
+            return row_kernel.row_pass
+    return row_pass
+
+
+def row_pass(
+    logits: torch.Tensor,
+    bias: torch.Tensor | None,
+    labels: torch.Tensor,
+    factors: torch.Tensor,
+    values: torch.Tensor,
+    losses: torch.Tensor,
+    correct: torch.Tensor,
+    objective: Objective,
+    logit_scale: float,
+    softcap: float,
+    with_gradient: bool,
+) -> None:
+    """From logits `[rows, vocabulary]` the cross-entropies, in place of the logits the gradient of the sum of values where it is wanted.
+
+    values, losses, correct: `[rows]`, filled here. Works on few rows at a time, so that on a CPU they stay in its caches.
     """
+    together = max(1, _BLOCK[logits.device.type] // (4 * logits.shape[1]))
+    blocks = [each.split(together) for each in (logits, labels, factors, values, losses, correct)]
+    for narrow, *others in zip(*blocks, strict=True):
+        work = narrow.to(values.dtype)  # as it is, where it has that type
+        if bias is not None:
+            work += bias
+        _pass_over_block(work, *others, objective, logit_scale, softcap, with_gradient)
+        if with_gradient and work is not narrow:
+            narrow.copy_(work)
 
-    def __init__(self, objective: Objective, logit_scale: float, softcap: float, rows: int):
-        self.objective, self.logit_scale, self.softcap, self.rows = objective, logit_scale, softcap, rows
 
-    def __call__(self, logits, labels, factors, values, losses, correct, with_gradient: bool) -> None:
-        wide = values.dtype
-        for block in zip(
-            *(each.split(self.rows) for each in (logits, labels, factors, values, losses, correct)), strict=True
-        ):
-            narrow, *others = block
-            work = narrow if narrow.dtype == wide else narrow.to(wide)
-            self._block(work, *others, with_gradient)
-            if with_gradient and work is not narrow:
-                narrow.copy_(work)
-
-    def _block(self, logits, labels, factors, values, losses, correct, with_gradient: bool) -> None:
-        objective, labels = self.objective, labels[:, None]
-        capped = None
-        if self.logit_scale != 1.0:
-            logits *= self.logit_scale
-        if self.softcap:
-            capped = logits.div_(self.softcap).tanh_().clone() if with_gradient else logits.div_(self.softcap).tanh_()
-            logits *= self.softcap
-        largest = logits.amax(1, keepdim=True)
-        label_logits = logits.gather(1, labels)
-        torch.ge(label_logits, largest, out=correct[:, None])
-        mean = logits.mean(1, keepdim=True) if objective.label_smoothing else None
-        total = logits.sub_(largest).exp_().sum(1, keepdim=True)
-        log_total = total.log()
-        row_losses = (log_total + (largest - label_logits)).squeeze(1)
-        losses.copy_(row_losses)
-        logsumexps = (log_total + largest).squeeze(1)
-        means = None if mean is None else logsumexps - mean.squeeze(1)
-        if (modulation := objective.modulation(row_losses)) is not None:
-            factors = factors * modulation
-        values.copy_(objective.value(row_losses, means, logsumexps) * factors)
-        if not with_gradient:
-            return
-        factors = (factors * self.logit_scale).to(logits.dtype)
-        # d/dz of the objective: p * (1 + 2 z_loss logsumexp) - (1 - smoothing) at the label - smoothing / vocabulary
-        logits *= (factors * (1 + 2 * objective.z_loss * logsumexps)).div_(total.squeeze(1))[:, None]
-        if objective.label_smoothing:
-            logits -= (factors * (objective.label_smoothing / logits.shape[1]))[:, None]
-        logits.scatter_add_(1, labels, (factors * (objective.label_smoothing - 1))[:, None])
-        if capped is not None:
-            logits *= capped.square_().neg_().add_(1)
+def _pass_over_block(
+    logits, labels, factors, values, losses, correct, objective, logit_scale, softcap, with_gradient
+) -> None:
+    labels = labels[:, None]
+    if logit_scale != 1.0:
+        logits *= logit_scale
+    slopes = None
+    if softcap:
+        logits.div_(softcap).tanh_()
+        if with_gradient:
+            slopes = 1 - logits.square()
+        logits *= softcap
+    largest = logits.amax(1, keepdim=True)
+    label_logits = logits.gather(1, labels)
+    torch.ge(label_logits, largest, out=correct[:, None])
+    mean = logits.mean(1) if objective.label_smoothing else None
+    total = logits.sub_(largest).exp_().sum(1, keepdim=True)
+    log_total = total.log()
+    torch.add(log_total, largest - label_logits, out=losses[:, None])
+    logsumexps = (log_total + largest).squeeze(1)
+    if (modulation := objective.modulation(losses)) is not None:
+        factors = factors * modulation
+    value = objective.value(losses, None if mean is None else logsumexps - mean, logsumexps)
+    values.copy_(value * factors)
+    if not with_gradient:
+        return
+    factors = (factors * logit_scale).to(logits.dtype)
+    # p * (1 + 2 * z_loss * logsumexp) - label_smoothing / vocabulary, and 1 - label_smoothing less at the label
+    logits *= (factors * (1 + 2 * objective.z_loss * logsumexps))[:, None] / total
+    if objective.label_smoothing:
+        logits -= (factors * (objective.label_smoothing / logits.shape[1]))[:, None]
+    logits.scatter_add_(1, labels, (factors * (objective.label_smoothing - 1))[:, None])
+    if slopes is not None:
+        logits *= slopes

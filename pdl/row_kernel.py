@@ -1,0 +1,116 @@
+"""The pass over a chunk of logits on a GPU, as one Triton kernel: a program for each row, which reads it twice (the second time from
+the L2 cache: rows of 132 programs fit) and writes it once. The formulas are those of `pdl.linear_cross_entropy`.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from pdl.cross_entropy import Objective
+
+_BLOCK = 8192  # logits that a program holds at a time
+_WARPS = 16
+
+
+@triton.jit
+def _row(
+    logits_pointer, bias_pointer, labels_pointer, factors_pointer, values_pointer, losses_pointer, correct_pointer,
+    stride, logit_scale, softcap, label_smoothing, z_loss, certain, uncertain,
+    vocabulary: tl.constexpr, BIASED: tl.constexpr, CAPPED: tl.constexpr, SMOOTHED: tl.constexpr, MODULATED: tl.constexpr, GRADIENT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)  # rows times their length may be more than 2**31
+    logits_pointer += row * stride
+    label = tl.load(labels_pointer + row)
+    factor = tl.load(factors_pointer + row).to(tl.float32)
+    places = tl.arange(0, BLOCK)
+
+    largest = -float("inf")
+    total = 0.0
+    everything = 0.0  # sum of the logits, for label smoothing
+    for start in range(0, vocabulary, BLOCK):
+        inside = start + places < vocabulary
+        z = tl.load(logits_pointer + start + places, mask=inside, other=-float("inf")).to(tl.float32)
+        if BIASED:
+            z += tl.load(bias_pointer + start + places, mask=inside, other=0.0).to(tl.float32)
+        z *= logit_scale
+        if CAPPED:
+            z = softcap * (2.0 / (1.0 + tl.exp(-2.0 / softcap * z)) - 1.0)
+            z = tl.where(inside, z, -float("inf"))
+        if SMOOTHED:
+            everything += tl.sum(tl.where(inside, z, 0.0))
+        before = largest
+        largest = tl.maximum(largest, tl.max(z))
+        total = total * tl.exp(before - largest) + tl.sum(tl.exp(z - largest))
+
+    label_z = tl.load(logits_pointer + label).to(tl.float32)
+    if BIASED:
+        label_z += tl.load(bias_pointer + label).to(tl.float32)
+    label_z *= logit_scale
+    if CAPPED:
+        label_z = softcap * (2.0 / (1.0 + tl.exp(-2.0 / softcap * label_z)) - 1.0)
+    log_total = tl.log(total)
+    loss = log_total + (largest - label_z)
+    logsumexp = log_total + largest
+    tl.store(losses_pointer + row, loss)
+    tl.store(correct_pointer + row, label_z >= largest)
+    value = loss
+    if SMOOTHED:
+        value = (1.0 - label_smoothing) * loss + label_smoothing * (logsumexp - everything / vocabulary)
+    value += z_loss * logsumexp * logsumexp
+    if MODULATED:
+        doubt = tl.maximum(1.0 - tl.exp(-loss), 1e-30)
+        factor *= tl.exp(-certain * loss + uncertain * tl.log(doubt))
+    tl.store(values_pointer + row, factor * value)
+
+    if GRADIENT:
+        tl.debug_barrier()  # the label's logit is read by all before it is overwritten
+        of_p = factor * (1.0 + 2.0 * z_loss * logsumexp) / total
+        for start in range(0, vocabulary, BLOCK):
+            inside = start + places < vocabulary
+            z = tl.load(logits_pointer + start + places, mask=inside, other=-float("inf")).to(tl.float32)
+            if BIASED:
+                z += tl.load(bias_pointer + start + places, mask=inside, other=0.0).to(tl.float32)
+            z *= logit_scale
+            slope = logit_scale
+            if CAPPED:
+                t = 2.0 / (1.0 + tl.exp(-2.0 / softcap * z)) - 1.0
+                z = softcap * t
+                slope = logit_scale * (1.0 - t * t)
+            gradient = of_p * tl.exp(z - largest)
+            if SMOOTHED:
+                gradient -= factor * label_smoothing / vocabulary
+            gradient -= tl.where(start + places == label, factor * (1.0 - label_smoothing), 0.0)
+            gradient *= slope
+            tl.store(logits_pointer + start + places, gradient.to(logits_pointer.dtype.element_ty), mask=inside)
+
+
+def row_pass(
+    logits: torch.Tensor,
+    bias: torch.Tensor | None,
+    labels: torch.Tensor,
+    factors: torch.Tensor,
+    values: torch.Tensor,
+    losses: torch.Tensor,
+    correct: torch.Tensor,
+    objective: Objective,
+    logit_scale: float,
+    softcap: float,
+    with_gradient: bool,
+) -> None:
+    """Fill values, losses and correct `[rows]` from logits `[rows, vocabulary]`, which become their gradient where that is wanted.
+
+    logits: float32 or narrower, rows contiguous. labels: int64, factors: float64 `[rows]`. values, losses: float32.
+    """
+    rows, vocabulary = logits.shape
+    if rows == 0:
+        return
+    _row[(rows,)](
+        logits, bias, labels, factors, values, losses, correct,
+        logits.stride(0), logit_scale, softcap, *objective,
+        vocabulary=vocabulary, BIASED=bias is not None, CAPPED=softcap != 0.0, SMOOTHED=objective.label_smoothing != 0.0,
+        MODULATED=objective.certain != 0.0 or objective.uncertain != 0.0, GRADIENT=with_gradient,
+        BLOCK=min(_BLOCK, triton.next_power_of_2(vocabulary)), num_warps=_WARPS,
+    )  # fmt: skip

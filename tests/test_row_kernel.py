@@ -1,0 +1,58 @@
+"""The Triton kernel against the torch pass that it stands for; without a GPU in Triton's interpreter."""
+
+import pytest
+import torch
+
+# Read when a kernel is made, and when it runs; not for the processes that other tests start.
+with pytest.MonkeyPatch.context() as patch:
+    patch.setenv("TRITON_INTERPRET", INTERPRETED := "0" if torch.cuda.is_available() else "1")
+    row_kernel = pytest.importorskip("pdl.row_kernel", reason="needs Triton: pip install triton", exc_type=ImportError)
+
+from pdl.cross_entropy import Objective
+from pdl.linear_cross_entropy import row_pass
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+OBJECTIVES = [
+    Objective(),
+    Objective(label_smoothing=0.1),
+    Objective(z_loss=1e-2),
+    Objective(certain=1.0),
+    Objective(0.2, 1e-3, 0.5, 1.5),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize(("logit_scale", "softcap", "biased"), [(1.0, 0.0, False), (0.5, 3.0, True), (2.0, 0.0, True)])
+def test_the_same_as_in_torch(monkeypatch, dtype, objective, logit_scale, softcap, biased):
+    monkeypatch.setenv("TRITON_INTERPRET", INTERPRETED)
+    monkeypatch.setattr(row_kernel, "_BLOCK", 16)  # several, of which the last is not full
+    generator = torch.Generator().manual_seed(0)
+    logits = (4 * torch.randn(3, 45, generator=generator)).to(DEVICE, dtype)
+    labels = torch.randint(0, 45, (3,), generator=generator).to(DEVICE)
+    factors = torch.rand(3, generator=generator, dtype=torch.float64).to(DEVICE)
+    bias = torch.linspace(-1, 1, 45, device=DEVICE, dtype=dtype) if biased else None
+    for with_gradient in (True, False):
+        results = []
+        for work in (row_pass, row_kernel.row_pass):
+            into = logits.clone()
+            values, losses = torch.zeros(3, device=DEVICE), torch.zeros(3, device=DEVICE)
+            correct = torch.zeros(3, dtype=torch.bool, device=DEVICE)
+            work(into, bias, labels, factors, values, losses, correct, objective, logit_scale, softcap, with_gradient)
+            results.append((values, losses, correct.float(), *([into.float()] if with_gradient else [])))
+        for expected, found in zip(*results, strict=True):
+            torch.testing.assert_close(found, expected, rtol=1e-5 if dtype == torch.float32 else 1e-2, atol=2e-6)
+
+
+@pytest.mark.gpu
+def test_rows_beyond_two_to_the_31():
+    """Of 17,000 rows of 128,256 logits the last ones begin beyond 2^31."""
+    logits = torch.zeros(17_000, 128_256, device="cuda", dtype=torch.bfloat16)
+    logits[:, 7] = 10.0
+    labels = torch.full((17_000,), 7, device="cuda")
+    factors = torch.ones(17_000, device="cuda", dtype=torch.float64)
+    values, losses = torch.zeros(17_000, device="cuda"), torch.zeros(17_000, device="cuda")
+    correct = torch.zeros(17_000, dtype=torch.bool, device="cuda")
+    row_kernel.row_pass(logits, None, labels, factors, values, losses, correct, Objective(), 1.0, 0.0, True)
+    assert correct.all() and (losses == losses[0]).all() and losses[0] > 0
+    assert torch.equal(logits[-1], logits[0]) and float(logits[0, 7]) < 0
