@@ -16,7 +16,7 @@ from pdl.cross_entropy import LossSums, Objective, weight_of_tokens
 
 _ROWS = {"cpu": 512, "cuda": 4096}  # whose logits exist at the same time; with fewer, matrix products are slow
 _SCRATCH = {"cpu": 256 << 20, "cuda": 5 << 29}  # bytes that they may take
-_BLOCK = {"cpu": 1 << 20, "cuda": 256 << 20}  # bytes in float32 of what one pass works on; a CPU holds it in its caches
+_BLOCK = {"cpu": 2 << 20, "cuda": 256 << 20}  # bytes in float32 of what one pass works on; a CPU holds it in its caches
 
 
 def linear_weighted_cross_entropy(
