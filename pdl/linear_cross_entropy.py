@@ -64,10 +64,11 @@ def linear_weighted_cross_entropy(
     wanted = [
         torch.is_grad_enabled() and leaf is not None and leaf.requires_grad for leaf in (hidden, head_weight, bias)
     ]
-    weighted, losses, correct, *_ = _linear_cross_entropy(
-        hidden, head_weight, bias, rows, labels, factors, graded if any(wanted) else 0,
-        logit_scale, softcap or 0.0, list(objective), chunk_rows or _chunk_rows(len(rows), head_weight), wanted,
-    )  # fmt: skip
+    with torch.autocast(hidden.device.type, enabled=False):  # all has the type that it is to have
+        weighted, losses, correct, *_ = _linear_cross_entropy(
+            hidden, head_weight, bias, rows, labels, factors, graded if any(wanted) else 0,
+            logit_scale, softcap or 0.0, list(objective), chunk_rows or _chunk_rows(len(rows), head_weight), wanted,
+        )  # fmt: skip
     if graded < len(rows):
         in_order = rows.argsort()
         losses, correct = losses[in_order], correct[in_order]

@@ -302,6 +302,7 @@ def test_autocast():
     assert torch.equal(sums.weighted, expected.weighted)
     assert given["head_weight"].grad.dtype == torch.float32
     assert torch.equal(given["head_weight"].grad, rounded["head_weight"].grad.float())
+    assert torch.equal(given["hidden"].grad, rounded["hidden"].grad.float())
 
 
 def test_types_that_differ_are_refused():
