@@ -1,6 +1,6 @@
 """Power-Law Decay Loss (PDL, arXiv 2505.16900): finetuning in which rare, informative tokens count for more.
 
-The names below need torch alone and can be lifted into any trainer; they are imported when first used, so that
+The names below need torch alone (`TiltLogits` transformers, too) and can be lifted into any trainer; they are imported when first used, so that
 `python -m pdl --help` does not wait for torch.
 """
 
@@ -15,6 +15,7 @@ _HOMES = {
     "PowerLawDecayLoss": "pdl.cross_entropy",
     "weighted_cross_entropy": "pdl.cross_entropy",
     "linear_weighted_cross_entropy": "pdl.linear_cross_entropy",
+    "TiltLogits": "pdl.tilt",
 }
 __all__ = list(_HOMES)
 

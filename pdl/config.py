@@ -64,16 +64,33 @@ class TokenizerConfig:
     vocab_size: int | None = None  # or trained on the training data (SentencePiece BPE)
 
 
+# Settings of one loss or two: the default, and whose they are.
+_OF_ONE_LOSS = {
+    "gamma": (2.0, ("focal",)),
+    "beta": (0.9999, ("class_balanced",)),
+    "temperature": (1.0, ("exponential", "chi_square")),
+}
+
+
 @dataclass
 class LossConfig:
-    name: Literal["power_law", "cross_entropy"] = "power_law"
-    alpha: float | None = None  # strength of the decay; power_law has no default: state it
+    name: Literal[
+        "power_law", "logit_adjusted", "cross_entropy", "focal", "dft", "inverse_frequency", "class_balanced",
+        "exponential", "chi_square", "face", "self_information",
+    ] = "power_law"  # fmt: skip
+    alpha: float | None = None  # strength of the decay; power_law and logit_adjusted have no default: state it
     epsilon: float = 1e-8  # in the unit of `frequency`
     frequency: Literal["probability", "count"] = "probability"
     unseen: Literal["rarest", "epsilon"] = "rarest"
     normalize: bool = True
     reduction: Literal["weighted_mean", "token_mean", "sum"] = "weighted_mean"
+    min_weight: float | None = None  # a floor for frequent tokens, before the scaling
     max_weight: float | None = None
+    gamma: float | None = None  # of focal; 2 where nothing else is said
+    beta: float | None = None  # of class_balanced; 0.9999
+    temperature: float | None = None  # of exponential and chi_square; 1
+    label_smoothing: float = 0.0
+    z_loss: float = 0.0  # times the square of the log of the partition function; 1e-4 keeps logits from drifting
     general_corpus: str | None = None  # a text file, or a frequency file made with the same tokenizer
     general_weight: float = 0.0  # share of the general corpus in the frequencies
     frequencies: str | None = None  # a frequency file (`python -m pdl count`); without it the training data is counted
@@ -82,9 +99,17 @@ class LossConfig:
         None  # approximate: gradients of this share of the rows only, unbiased; default: of all
     )
 
+    @property
+    def decays(self) -> bool:
+        """Whether it is made with the weights of Eq. 3, and alpha and epsilon mean something."""
+        return self.name in ("power_law", "logit_adjusted")
+
     def describe(self) -> str:
-        name = f"{self.name} alpha={self.alpha:g} epsilon={self.epsilon:g}" if self.name == "power_law" else self.name
-        return name if self.row_sampling is None else f"{name} row_sampling={self.row_sampling:g} (approximate)"
+        settings = {"alpha": self.alpha, "epsilon": self.epsilon} if self.decays else {}
+        settings |= {"gamma": self.gamma, "beta": self.beta, "temperature": self.temperature}
+        settings |= {"label_smoothing": self.label_smoothing or None, "z_loss": self.z_loss or None}
+        said = " ".join([self.name, *(f"{key}={value:g}" for key, value in settings.items() if value is not None)])
+        return said if self.row_sampling is None else f"{said} row_sampling={self.row_sampling:g} (approximate)"
 
 
 @dataclass
@@ -191,7 +216,7 @@ def load_config(path: str | Path, overrides: list[str] = (), world_size: int = 1
     if problems:
         raise UserError(_listed(f"{path}: the configuration cannot be used", problems))
     if config.training.output_dir is None:
-        alpha = config.loss.alpha if config.loss.name == "power_law" else 0
+        alpha = config.loss.alpha if config.loss.decays else 0
         task = Path(config.task).parent.name if config.task and config.task.endswith(".py") else config.task
         run = f"{path.stem}-{config.loss.name}-alpha{alpha:g}-seed{config.training.seed}"
         config.training.output_dir = str(Path("runs", task or "none", run))
@@ -379,10 +404,38 @@ def _check_values(config: Config, world_size: int, problems: list[str]) -> None:
         "tokenizer.vocab_size must be >= 300: 256 bytes, special tokens and characters",
     )
 
-    if loss.name == "power_law":
+    for key, (default, names) in _OF_ONE_LOSS.items():
+        if loss.name in names and getattr(loss, key) is None:
+            setattr(loss, key, default)
+        need(
+            loss.name in names or getattr(loss, key) is None,
+            f"loss.{key}={getattr(loss, key)} means nothing to loss.name={loss.name}; it is of {' and '.join(names)}",
+        )
+    if loss.gamma is not None:
+        need(math.isfinite(loss.gamma) and loss.gamma >= 0, f"loss.gamma={loss.gamma} must be finite and >= 0")
+    if loss.beta is not None:
+        need(0 <= loss.beta < 1, f"loss.beta={loss.beta} must lie in [0, 1)")
+    if loss.temperature is not None:
+        need(
+            math.isfinite(loss.temperature) and loss.temperature > 0,
+            f"loss.temperature={loss.temperature} must be finite and > 0",
+        )
+    need(0 <= loss.label_smoothing < 1, f"loss.label_smoothing={loss.label_smoothing} must lie in [0, 1)")
+    need(math.isfinite(loss.z_loss) and loss.z_loss >= 0, f"loss.z_loss={loss.z_loss} must be finite and >= 0")
+    if loss.min_weight is not None:
+        need(
+            math.isfinite(loss.min_weight) and loss.min_weight > 0,
+            f"loss.min_weight={loss.min_weight} must be finite and > 0",
+        )
+    if loss.name in ("cross_entropy", "focal", "dft"):
+        for key in ("min_weight", "max_weight"):
+            need(
+                getattr(loss, key) is None, f"loss.{key} means nothing to loss.name={loss.name}, which weights no token"
+            )
+    if loss.decays:
         need(
             loss.alpha is not None,
-            "loss.alpha is missing: state it for power_law (0.25 is mild, 0.75 strong, 0 is cross-entropy)",
+            f"loss.alpha is missing: state it for {loss.name} (0.25 is mild, 0.75 strong, 0 is cross-entropy)",
         )
     need(
         loss.alpha is None or (math.isfinite(loss.alpha) and loss.alpha >= 0),

@@ -22,7 +22,7 @@ class Objective(NamedTuple):
 
     label_smoothing: in [0, 1) (Szegedy 2016, arXiv 1512.00567). z_loss: 1e-4 in PaLM (arXiv 2204.02311, section 5).
     uncertain: the gamma of focal loss (Lin 2017, arXiv 1708.02002, Eq. 4; there f has a gradient, too). certain: 1 is dynamic
-    finetuning, DFT (arXiv 2508.05629, Eq. 9).
+    finetuning, DFT (arXiv 2508.05629).
     """
 
     label_smoothing: float = 0.0
@@ -47,15 +47,33 @@ class Objective(NamedTuple):
         return torch.exp(-self.certain * losses) * (-torch.expm1(-losses)) ** self.uncertain
 
 
+@dataclass(frozen=True)
+class Loss:
+    """What a run minimizes.
+
+    weights: float32 `[vocabulary]`. reduction: what the sum over a global batch is divided by, as in PowerLawDecayLoss.
+    untilt: float32 `[vocabulary]` or None: what is added to the logits of a trained model to take its lean towards rare tokens out,
+        -log w. adjusted: plain cross-entropy of those logits is minimized (`loss.name=logit_adjusted`); else they are measured only.
+    """
+
+    weights: torch.Tensor
+    reduction: str = "weighted_mean"
+    objective: Objective = Objective()  # noqa: RUF009  (immutable)
+    untilt: torch.Tensor | None = None
+    adjusted: bool = False
+
+
 @dataclass
 class LossSums:
     """What one forward contributes to the loss of a global batch.
 
-    weighted: sum of w * l / denominator, float32 (float64 for float64 logits), the only field with a gradient.
+    weighted: sum of w * value / denominator, float32 (float64 for float64 logits), the only field with a gradient.
     weight, cross_entropy: sum of w and of the unweighted l, float64, detached.
     tokens: number of supervised tokens M.
     token_losses: unweighted l of each supervised token, in order, float32 `[M]`, detached.
     token_correct: whether no logit is larger than the label's, bool `[M]`.
+    token_values: what is minimized for each token, before its weight: l, unless an Objective or a shift says otherwise. Like token_losses.
+    shifted_losses: unweighted l of the shifted logits, like token_losses; the same tensor without a shift.
     """
 
     weighted: torch.Tensor
@@ -64,6 +82,8 @@ class LossSums:
     tokens: int
     token_losses: torch.Tensor
     token_correct: torch.Tensor
+    token_values: torch.Tensor
+    shifted_losses: torch.Tensor
 
 
 def weighted_cross_entropy(
@@ -75,6 +95,8 @@ def weighted_cross_entropy(
     denominator: torch.Tensor | float = 1.0,
     ignore_index: int = -100,
     objective: Objective = Objective(),  # noqa: B008  (immutable)
+    shift: torch.Tensor | None = None,
+    adjusted: bool = False,
 ) -> LossSums:
     """Sum of `weights[label] * token_weight * cross-entropy / denominator` over the labels that are not ignored.
 
@@ -83,6 +105,9 @@ def weighted_cross_entropy(
     weights: float32 `[vocabulary]`, one per output row, as `power_law_weights` gives them.
     token_weights: `[N]`, an extra factor per position. denominator: a number or a scalar tensor.
     objective: what stands for l in `weighted`; the other fields are of the plain cross-entropy.
+    shift: float32 `[vocabulary]`, added to the logits for `shifted_losses`. With -log w they say what a model knows when the lean
+        towards rare tokens that a weight w teaches is taken out.
+    adjusted: the shifted logits are what is minimized, too (logit adjustment, Menon 2020, arXiv 2007.07314, Eq. 10).
 
     Only ignored labels are dropped: a row of weight 0 still counts in `tokens` and `cross_entropy`. Without any label
     `weighted` is 0 on a live graph, so that every gradient is zero and never None.
@@ -98,10 +123,15 @@ def weighted_cross_entropy(
         token_weights = None if token_weights is None else token_weights.index_select(0, rows)
     labels = labels.long()
     logits = logits if logits.dtype == torch.float64 else logits.float()
-    losses = F.cross_entropy(logits, labels, reduction="none")
-    logsumexps = logits.logsumexp(-1) if objective != Objective() else losses
-    values = objective.value(losses, logsumexps - logits.mean(-1), logsumexps)
-    if (modulation := objective.modulation(losses)) is not None:
+    losses = shifted = F.cross_entropy(logits, labels, reduction="none")
+    largest, label_logits = logits.detach().amax(-1), logits.detach().gather(1, labels[:, None]).squeeze(1)
+    if shift is not None:
+        with_shift = logits + shift.to(logits.dtype)
+        shifted = F.cross_entropy(with_shift, labels, reduction="none")
+    logits, minimized = (with_shift, shifted) if adjusted else (logits, losses)
+    logsumexps = logits.logsumexp(-1) if objective != Objective() else minimized
+    values = objective.value(minimized, logsumexps - logits.mean(-1), logsumexps)
+    if (modulation := objective.modulation(minimized)) is not None:
         values = values * modulation
     token_weight = weight_of_tokens(labels, weights, token_weights)
     # The factor of each row is fixed before the product, in float64: one rounding, and no overflow of a large sum.
@@ -113,7 +143,9 @@ def weighted_cross_entropy(
             cross_entropy=losses.double().sum(),
             tokens=len(labels),
             token_losses=losses.detach(),
-            token_correct=logits.gather(1, labels[:, None]).squeeze(1) >= logits.amax(-1),
+            token_correct=label_logits >= largest,
+            token_values=values.detach(),
+            shifted_losses=shifted.detach(),
         )
 
 

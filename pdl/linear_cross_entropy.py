@@ -32,6 +32,8 @@ def linear_weighted_cross_entropy(
     softcap: float | None = None,
     ignore_index: int = -100,
     objective: Objective = Objective(),  # noqa: B008  (immutable)
+    shift: torch.Tensor | None = None,
+    adjusted: bool = False,
     chunk_rows: int | None = None,
 ) -> LossSums:
     """`weighted_cross_entropy` of `softcap(logit_scale * (hidden @ head_weight.T + bias))`.
@@ -65,13 +67,14 @@ def linear_weighted_cross_entropy(
         torch.is_grad_enabled() and leaf is not None and leaf.requires_grad for leaf in (hidden, head_weight, bias)
     ]
     with torch.autocast(hidden.device.type, enabled=False):  # all has the type that it is to have
-        weighted, losses, correct, *_ = _linear_cross_entropy(
-            hidden, head_weight, bias, rows, labels, factors, graded if any(wanted) else 0,
-            logit_scale, softcap or 0.0, list(objective), chunk_rows or _chunk_rows(len(rows), head_weight), wanted,
+        weighted, values, losses, shifted, correct, *_ = _linear_cross_entropy(
+            hidden, head_weight, bias, shift, rows, labels, factors, graded if any(wanted) else 0,
+            logit_scale, softcap or 0.0, list(objective), adjusted, chunk_rows or _chunk_rows(len(rows), head_weight), wanted,
         )  # fmt: skip
+    shifted = losses if shift is None else shifted
     if graded < len(rows):
         in_order = rows.argsort()
-        losses, correct = losses[in_order], correct[in_order]
+        values, losses, shifted, correct = (each[in_order] for each in (values, losses, shifted, correct))
     return LossSums(
         weighted=weighted,
         weight=token_weight.sum(),
@@ -79,6 +82,8 @@ def linear_weighted_cross_entropy(
         tokens=len(rows),
         token_losses=losses,
         token_correct=correct,
+        token_values=values,
+        shifted_losses=shifted,
     )
 
 
@@ -107,6 +112,7 @@ def _linear_cross_entropy(
     hidden: torch.Tensor,
     head_weight: torch.Tensor,
     bias: torch.Tensor | None,
+    shift: torch.Tensor | None,
     rows: torch.Tensor,
     labels: torch.Tensor,
     factors: torch.Tensor,
@@ -114,12 +120,15 @@ def _linear_cross_entropy(
     logit_scale: float,
     softcap: float,
     objective: list[float],
+    adjusted: bool,
     chunk_rows: int,
     wanted: list[bool],
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The weighted sum, cross-entropy and correctness of each row, and the sum's gradients to hidden, head_weight and bias.
+) -> tuple[
+    torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor
+]:
+    """The weighted sum; of each row what is minimized, cross-entropy, that of shifted logits (empty without a shift) and correctness; the sum's gradients.
 
-    rows, labels, factors: `[M]`; gradients flow to the first `graded` of them only. wanted: which of the three are; the others are empty.
+    Those are to hidden, head_weight and bias. rows, labels, factors: `[M]`; gradients flow to the first `graded` of them only. wanted: which of the three are; the others are empty.
     An operator of its own: torch.compile takes it as one node, as it is.
     """
     wide = torch.promote_types(hidden.dtype, torch.float32)
@@ -134,6 +143,7 @@ def _linear_cross_entropy(
     bias_gradient = hidden.new_zeros(vocabulary if wanted[2] else 0, dtype=wide)
     values = hidden.new_zeros(len(rows), dtype=wide)
     losses, correct = torch.empty_like(values), torch.empty_like(values, dtype=torch.bool)
+    shifted = torch.empty_like(values if shift is not None else values[:0])
     scratch = head.new_empty(min(chunk_rows, len(rows)), vocabulary)
     row_pass = _row_pass_for(scratch)
     for start, end in _chunks(graded, len(rows), chunk_rows):
@@ -142,8 +152,9 @@ def _linear_cross_entropy(
         logits = torch.mm(inputs, head.t(), out=scratch[: end - start])
         with_gradient = end <= graded
         row_pass(
-            logits, bias, labels[those], factors[those], values[those], losses[those], correct[those],
-            Objective(*objective), logit_scale, softcap, with_gradient,
+            logits, bias, shift, labels[those], factors[those],
+            values[those], losses[those], shifted[those] if shift is not None else None, correct[those],
+            Objective(*objective), adjusted, logit_scale, softcap, with_gradient,
         )  # fmt: skip
         if not with_gradient:
             continue
@@ -154,15 +165,32 @@ def _linear_cross_entropy(
         if wanted[2]:
             bias_gradient += logits.sum(0, dtype=wide)
     gradients = hidden_gradient, head_gradient.to(head_weight.dtype), bias_gradient.to(hidden.dtype)
-    return values.double().sum().to(wide), losses, correct, *gradients
+    return (values * factors).sum().to(wide), values, losses, shifted, correct, *gradients
 
 
 @_linear_cross_entropy.register_fake
-def _(hidden, head_weight, bias, rows, labels, factors, graded, logit_scale, softcap, objective, chunk_rows, wanted):
+def _(
+    hidden,
+    head_weight,
+    bias,
+    shift,
+    rows,
+    labels,
+    factors,
+    graded,
+    logit_scale,
+    softcap,
+    objective,
+    adjusted,
+    chunk_rows,
+    wanted,
+):
     wide = torch.promote_types(hidden.dtype, torch.float32)
     return (
         hidden.new_empty((), dtype=wide),
         hidden.new_empty(len(rows), dtype=wide),
+        hidden.new_empty(len(rows), dtype=wide),
+        hidden.new_empty(len(rows) if shift is not None else 0, dtype=wide),
         hidden.new_empty(len(rows), dtype=torch.bool),
         torch.empty_like(hidden) if wanted[0] else hidden.new_empty(0),
         torch.empty_like(head_weight) if wanted[1] else hidden.new_empty(0),
@@ -171,7 +199,7 @@ def _(hidden, head_weight, bias, rows, labels, factors, graded, logit_scale, sof
 
 
 def _keep_gradients(ctx, inputs, output):
-    ctx.save_for_backward(*output[3:])
+    ctx.save_for_backward(*output[5:])
     ctx.wanted = inputs[-1]
     ctx.set_materialize_grads(False)
 
@@ -185,7 +213,7 @@ def _hand_out_gradients(ctx, upstream, *_):
         (gradient if unchanged else gradient * upstream) if wanted and upstream is not None else None
         for gradient, wanted in zip(ctx.saved_tensors, ctx.wanted, strict=True)
     ]
-    return (*gradients, *[None] * 9)
+    return (*gradients, *[None] * 11)
 
 
 _linear_cross_entropy.register_autograd(_hand_out_gradients, setup_context=_keep_gradients)
@@ -229,33 +257,49 @@ def _row_pass_for(logits: torch.Tensor):
 def row_pass(
     logits: torch.Tensor,
     bias: torch.Tensor | None,
+    shift: torch.Tensor | None,
     labels: torch.Tensor,
     factors: torch.Tensor,
     values: torch.Tensor,
     losses: torch.Tensor,
+    shifted: torch.Tensor | None,
     correct: torch.Tensor,
     objective: Objective,
+    adjusted: bool,
     logit_scale: float,
     softcap: float,
     with_gradient: bool,
 ) -> None:
-    """From logits `[rows, vocabulary]` the cross-entropies, in place of the logits the gradient of the sum of values where it is wanted.
+    """From logits `[rows, vocabulary]` the cross-entropies, in place of the logits the gradient of the sum of factor * value where it is wanted.
 
-    values, losses, correct: `[rows]`, filled here. Works on few rows at a time, so that on a CPU they stay in its caches.
+    values, losses, shifted (where there is a shift), correct: `[rows]`, filled here. Works on few rows at a time, so that on a CPU they stay in its caches.
     """
     together = max(1, _BLOCK[logits.device.type] // (4 * logits.shape[1]))
-    blocks = [each.split(together) for each in (logits, labels, factors, values, losses, correct)]
+    shifted = losses if shifted is None else shifted
+    blocks = [each.split(together) for each in (logits, labels, factors, values, losses, shifted, correct)]
     for narrow, *others in zip(*blocks, strict=True):
         work = narrow.to(values.dtype)  # as it is, where it has that type
         if bias is not None:
             work += bias
-        _pass_over_block(work, *others, objective, logit_scale, softcap, with_gradient)
+        _pass_over_block(work, shift, *others, objective, adjusted, logit_scale, softcap, with_gradient)
         if with_gradient and work is not narrow:
             narrow.copy_(work)
 
 
 def _pass_over_block(
-    logits, labels, factors, values, losses, correct, objective, logit_scale, softcap, with_gradient
+    logits,
+    shift,
+    labels,
+    factors,
+    values,
+    losses,
+    shifted,
+    correct,
+    objective,
+    adjusted,
+    logit_scale,
+    softcap,
+    with_gradient,
 ) -> None:
     labels = labels[:, None]
     if logit_scale != 1.0:
@@ -269,15 +313,25 @@ def _pass_over_block(
     largest = logits.amax(1, keepdim=True)
     label_logits = logits.gather(1, labels)
     torch.ge(label_logits, largest, out=correct[:, None])
+    minimized = losses
+    if shift is not None:
+        with_shift = logits + shift
+        shifted_largest, shifted_label_logits = with_shift.amax(1, keepdim=True), label_logits + shift[labels]
+        if adjusted:  # the plain ones are measured only
+            torch.add(_log_sum(logits, largest), -label_logits, out=losses[:, None])
+            logits.copy_(with_shift)
+            minimized, largest, label_logits = shifted, shifted_largest, shifted_label_logits
+        else:
+            torch.add(_log_sum(with_shift, shifted_largest), -shifted_label_logits, out=shifted[:, None])
     mean = logits.mean(1) if objective.label_smoothing else None
     total = logits.sub_(largest).exp_().sum(1, keepdim=True)
     log_total = total.log()
-    torch.add(log_total, largest - label_logits, out=losses[:, None])
+    torch.add(log_total, largest - label_logits, out=minimized[:, None])
     logsumexps = (log_total + largest).squeeze(1)
-    if (modulation := objective.modulation(losses)) is not None:
+    values.copy_(objective.value(minimized, None if mean is None else logsumexps - mean, logsumexps))
+    if (modulation := objective.modulation(minimized)) is not None:
+        values *= modulation
         factors = factors * modulation
-    value = objective.value(losses, None if mean is None else logsumexps - mean, logsumexps)
-    values.copy_(value * factors)
     if not with_gradient:
         return
     factors = (factors * logit_scale).to(logits.dtype)
@@ -288,3 +342,8 @@ def _pass_over_block(
     logits.scatter_add_(1, labels, (factors * (objective.label_smoothing - 1))[:, None])
     if slopes is not None:
         logits *= slopes
+
+
+def _log_sum(logits: torch.Tensor, largest: torch.Tensor) -> torch.Tensor:
+    """logsumexp of each row, in place of the logits."""
+    return logits.sub_(largest).exp_().sum(1, keepdim=True).log_() + largest

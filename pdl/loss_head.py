@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from pdl.cross_entropy import LossSums, weighted_cross_entropy
+from pdl.cross_entropy import Loss, LossSums, weighted_cross_entropy
 from pdl.linear_cross_entropy import linear_weighted_cross_entropy
 
 
@@ -24,9 +24,23 @@ class UnsupportedModel(Exception):
 @dataclass
 class _Target:
     labels: torch.Tensor
-    weights: torch.Tensor
+    loss: Loss
     denominator: torch.Tensor | float
     token_weights: torch.Tensor | None
+    untilted: bool
+
+    def arguments(self) -> dict:
+        """Of the functions that compute the loss, beyond what they compute it from."""
+        shifted = self.untilted or self.loss.adjusted
+        return {
+            "labels": self.labels.reshape(-1),
+            "weights": self.loss.weights,
+            "token_weights": None if self.token_weights is None else self.token_weights.reshape(-1),
+            "denominator": self.denominator,
+            "objective": self.loss.objective,
+            "shift": self.loss.untilt if shifted else None,
+            "adjusted": self.loss.adjusted,
+        }
 
 
 class LossHead(nn.Linear):
@@ -55,15 +69,9 @@ class LossHead(nn.Linear):
         return head
 
     @contextmanager
-    def supervise(
-        self,
-        labels: torch.Tensor,
-        weights: torch.Tensor,
-        denominator: torch.Tensor | float,
-        token_weights: torch.Tensor | None = None,
-    ):
-        """For one forward of the model: compute the loss against `labels` `[batch, sequence]`, aligned with the logits."""
-        self._target = _Target(labels, weights, denominator, token_weights)
+    def supervise(self, target: _Target):
+        """For one forward of the model: compute the loss against `target.labels` `[batch, sequence]`, aligned with the logits."""
+        self._target = target
         try:
             yield
         finally:
@@ -89,10 +97,7 @@ class LossHead(nn.Linear):
         self._sums = linear_weighted_cross_entropy(
             hidden.reshape(-1, hidden.shape[-1]),
             self.weight,
-            self._target.labels.reshape(-1),
-            self._target.weights,
-            token_weights=None if self._target.token_weights is None else self._target.token_weights.reshape(-1),
-            denominator=self._target.denominator,
+            **self._target.arguments(),
             bias=self._bias(),
             logit_scale=self._logit_scale,
             softcap=self._softcap,
@@ -129,24 +134,24 @@ def loss_of(
     head: LossHead | None,
     inputs: dict,
     labels: torch.Tensor,
-    weights: torch.Tensor,
+    loss: Loss,
     denominator: torch.Tensor | float,
     token_weights: torch.Tensor | None = None,
+    untilted: bool = False,
 ) -> tuple[torch.Tensor, LossSums]:
     """One forward with its loss: `(loss, sums)`, where `loss` is the scalar to call backward on.
 
     forward: the model, or the DeepSpeed engine around it. inputs: its keyword arguments, without labels.
     head: the model's LossHead, or None to compute over the model's full logits (`loss.path=logits`).
-    token_weights: like labels, a factor of each position's weight.
+    token_weights: like labels, a factor of each position's weight. untilted: fill `LossSums.shifted_losses` from untilted logits,
+    also where they are not what is minimized.
     """
+    target = _Target(labels, loss, denominator, token_weights, untilted)
     if head is None:
         logits = forward(**inputs, use_cache=False).logits
-        sums = weighted_cross_entropy(
-            logits.flatten(0, 1), labels.flatten(), weights, denominator=denominator,
-            token_weights=None if token_weights is None else token_weights.flatten(),
-        )  # fmt: skip
+        sums = weighted_cross_entropy(logits.flatten(0, 1), **target.arguments())
         return sums.weighted, sums
-    with head.supervise(labels, weights, denominator, token_weights):
+    with head.supervise(target):
         logits = forward(**inputs, use_cache=False).logits
     sums = head.take()
     # The second term is 0, but it keeps what the model did after its head, and ZeRO-3's hooks on it, in the graph.
@@ -154,7 +159,7 @@ def loss_of(
 
 
 def check_parity(
-    model: nn.Module, head: LossHead, inputs: dict, labels: torch.Tensor, weights: torch.Tensor, tolerance: float
+    model: nn.Module, head: LossHead, inputs: dict, labels: torch.Tensor, loss: Loss, tolerance: float
 ) -> None:
     """Refuse a model whose head does not give the loss of its logits.
 
@@ -166,25 +171,25 @@ def check_parity(
 
     def loss_and_gradient(path_head):
         head._input = torch.empty(0)  # asks the pre-hook to remember
-        loss, _ = loss_of(model, path_head, inputs, labels, weights, denominator)
+        value, _ = loss_of(model, path_head, inputs, labels, loss, denominator)
         hidden, head._input = head._input, None
-        (gradient,) = torch.autograd.grad(loss, hidden)
-        return loss.detach().double(), gradient.double()
+        (gradient,) = torch.autograd.grad(value, hidden)
+        return value.detach().double(), gradient.double()
 
-    denominator = weights[labels[labels != -100]].double().sum()
+    denominator = loss.weights[labels[labels != -100]].double().sum()
     was_training = model.training
     model.eval()
     with torch.random.fork_rng(devices=[labels.device] if labels.is_cuda else []):
         try:
-            loss, gradient = loss_and_gradient(head)
+            found, gradient = loss_and_gradient(head)
         except (IndexError, RuntimeError, ValueError) as error:
             raise UnsupportedModel(
                 f"{type(head._owner[0]).__name__} does more with its logits than pass them on ({error}); "
                 "loss.path=logits trains it over full logits"
             ) from error
-        reference_loss, reference_gradient = loss_and_gradient(None)
+        reference, reference_gradient = loss_and_gradient(None)
     model.train(was_training)
-    loss_error = ((loss - reference_loss).abs() / reference_loss.abs()).item()
+    loss_error = ((found - reference).abs() / reference.abs()).item()
     gradient_error = ((gradient - reference_gradient).norm() / reference_gradient.norm()).item()
     if not (loss_error <= tolerance and gradient_error <= tolerance):
         raise UnsupportedModel(

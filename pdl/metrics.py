@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from pdl import distributed
-from pdl.cross_entropy import LossSums
+from pdl.cross_entropy import Loss, LossSums
 from pdl.storage import sync_directory, sync_tree, write_whole
 
 BUCKETS = ("head", "middle", "tail")
@@ -36,31 +36,33 @@ def frequency_buckets(counts: torch.Tensor) -> torch.Tensor:
 class Meter:
     """Sums over supervised tokens, float64, on this rank until `values` reduces them over all.
 
-    weights, buckets: `[vocabulary]`. reduction: the `loss.reduction` that `loss` follows.
+    buckets: `[vocabulary]`. Untilted cross-entropies are there where `LossSums` had them: at validation, of losses that tilt.
     """
 
     _NAMES = (
         "steps", "seconds", "weighted", "weight", "weight_squared", "tokens", "correct", "positions", "read",
         *(f"cross_entropy/{bucket}" for bucket in BUCKETS), *(f"tokens/{bucket}" for bucket in BUCKETS),
+        *(f"cross_entropy_untilted/{bucket}" for bucket in BUCKETS),
     )  # fmt: skip
 
-    def __init__(self, weights: torch.Tensor, buckets: torch.Tensor, reduction: str):
-        self.weights, self.buckets, self.reduction = weights, buckets, reduction
-        self.sums = torch.zeros(len(self._NAMES), dtype=torch.float64, device=weights.device)
+    def __init__(self, loss: Loss, buckets: torch.Tensor):
+        self.loss, self.buckets = loss, buckets
+        self.sums = torch.zeros(len(self._NAMES), dtype=torch.float64, device=loss.weights.device)
 
     def add(self, sums: LossSums, labels: torch.Tensor, read: torch.Tensor | int = 0) -> None:
         """Add one micro-batch. labels: those that gave `sums`. read: tokens the model read, padding excluded."""
         supervised = labels[labels != -100]
         losses = sums.token_losses.double()
-        weights = self.weights[supervised].double()
+        weights = self.loss.weights[supervised].double()
         buckets = self.buckets[supervised]
-        by_bucket = torch.zeros(2, len(BUCKETS), dtype=torch.float64, device=losses.device)
+        by_bucket = torch.zeros(3, len(BUCKETS), dtype=torch.float64, device=losses.device)
         by_bucket[0].index_add_(0, buckets, losses)
         by_bucket[1].index_add_(0, buckets, torch.ones_like(losses))
+        by_bucket[2].index_add_(0, buckets, sums.shifted_losses.double())
         scalars = [
             0,
             0,
-            (weights * losses).sum(),
+            (weights * sums.token_values.double()).sum(),
             weights.sum(),
             weights.square().sum(),
             len(losses),
@@ -89,7 +91,9 @@ class Meter:
             return {}
         tokens, steps = total["tokens"], total["steps"] / distributed.world_size()
         cross_entropy = sum(total[f"cross_entropy/{bucket}"] for bucket in BUCKETS) / tokens
-        denominator = {"weighted_mean": total["weight"], "token_mean": tokens, "sum": max(steps, 1.0)}[self.reduction]
+        denominator = {"weighted_mean": total["weight"], "token_mean": tokens, "sum": max(steps, 1.0)}[
+            self.loss.reduction
+        ]
         values = {
             "loss": total["weighted"] / denominator if denominator else math.nan,
             "cross_entropy": cross_entropy,
@@ -104,6 +108,11 @@ class Meter:
             values[f"token_share/{bucket}"] = total[f"tokens/{bucket}"] / tokens
             if total[f"tokens/{bucket}"]:
                 values[f"cross_entropy/{bucket}"] = total[f"cross_entropy/{bucket}"] / total[f"tokens/{bucket}"]
+        if prefix == "validation" and self.loss.untilt is not None:
+            untilted = {bucket: total[f"cross_entropy_untilted/{bucket}"] for bucket in BUCKETS}
+            values["cross_entropy_untilted"] = sum(untilted.values()) / tokens
+            for bucket in filter(lambda bucket: total[f"tokens/{bucket}"], BUCKETS):
+                values[f"cross_entropy_untilted/{bucket}"] = untilted[bucket] / total[f"tokens/{bucket}"]
         if steps:
             values["supervised_fraction"] = tokens / total["positions"]
             values["step_seconds"] = total["seconds"] / total["steps"]

@@ -8,8 +8,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from pdl import distributed
 from pdl.config import Config, UserError
 from pdl.data import Encoder, TokenRows, label_frequencies, load_frequencies, rows_key, text_frequencies, token_rows
@@ -19,7 +17,7 @@ from pdl.model import check_sharding, load_model_config
 from pdl.records import Example, examples, examples_hash
 from pdl.streaming import first_rows, stream_key
 from pdl.tokenizer import run_tokenizer, tokenizer_hash
-from pdl.weights import loss_weights
+from pdl.weights import LossTables, loss_tables
 
 
 @dataclass
@@ -29,7 +27,7 @@ class Prepared:
     train: TokenRows | None  # None where it is streamed
     validation: TokenRows
     frequencies: TokenFrequencies
-    weights: torch.Tensor  # float32 [vocabulary]
+    tables: LossTables
     scored_split: str  # what is generated from at the end: test, or validation where there is no test
     scored: list[Example]
     made_with: dict  # must be the same when the run is continued
@@ -112,9 +110,10 @@ def prepare(config: Config) -> Prepared:
     if config.loss.general_corpus is not None:
         general = text_frequencies(Path(config.loss.general_corpus), tokenizer, hashed, vocab_size).counts
     try:
-        weights = loss_weights(config.loss, frequencies.counts, general)
+        tables = loss_tables(config.loss, frequencies.counts, general)
     except ValueError as error:
         raise UserError(f"loss: {error}") from error
+    weights = tables.weights
     made_with = {
         "zero_stage": config.zero_stage,
         "zero_optimization": config.deepspeed_sharding()["zero_optimization"],
@@ -125,6 +124,8 @@ def prepare(config: Config) -> Prepared:
         "frequencies": hashlib.sha256(frequencies.counts.numpy().tobytes()).hexdigest()[:32],
         "weights": hashlib.sha256(weights.numpy().tobytes()).hexdigest()[:32],
     }
+    if config.loss.name == "logit_adjusted":
+        made_with["tilt"] = hashlib.sha256(tables.tilt.numpy().tobytes()).hexdigest()[:32]
     if config.data.stream_by == "shards":
         made_with["ranks (data.stream_by=shards)"] = distributed.world_size()
     distributed.require_equal(made_with)
@@ -137,4 +138,4 @@ def prepare(config: Config) -> Prepared:
     say(
         f"loss: {config.loss.describe()}, weights {weights.min():.3g} to {weights.max():.3g}, effective sample fraction {share:.2f}"
     )
-    return Prepared(tokenizer, encoder, train, validation, frequencies, weights, scored_split, scored, made_with)
+    return Prepared(tokenizer, encoder, train, validation, frequencies, tables, scored_split, scored, made_with)

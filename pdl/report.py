@@ -139,6 +139,7 @@ def table(content: dict) -> str:
         "cross_entropy/head",
         "cross_entropy/middle",
         "cross_entropy/tail",
+        "cross_entropy_untilted",
         "perplexity",
         "accuracy",
         "loss",

@@ -28,12 +28,20 @@ class Draw:
     factors: torch.Tensor
 
     def estimate(self, sums: LossSums) -> LossSums:
-        """From the sums over kept rows those over all: `token_losses` and `token_correct` of a kept row stand for 1 / probability rows."""
+        """From the sums over kept rows those over all: what a kept row has of `token_losses` and the like stands for 1 / probability rows."""
         kept = self.factors > 0
-        losses, correct = torch.zeros_like(self.factors), torch.zeros_like(self.factors)
-        losses[kept] = sums.token_losses * self.factors[kept]
-        correct[kept] = sums.token_correct * self.factors[kept]
-        return replace(sums, cross_entropy=losses.sum(), tokens=len(losses), token_losses=losses, token_correct=correct)
+
+        def of_all(values: torch.Tensor) -> torch.Tensor:
+            spread = torch.zeros_like(self.factors)
+            spread[kept] = values * self.factors[kept]
+            return spread
+
+        losses = of_all(sums.token_losses)
+        return replace(
+            sums, cross_entropy=losses.sum(), tokens=len(losses), token_losses=losses,
+            token_correct=of_all(sums.token_correct), token_values=of_all(sums.token_values),
+            shifted_losses=of_all(sums.shifted_losses),
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)

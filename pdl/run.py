@@ -16,6 +16,7 @@ import yaml
 from pdl import distributed, watch
 from pdl.checkpoint import Checkpointer, Resume, choose_checkpoint, load_checkpoint, seed_ranks
 from pdl.config import Config, UserError, first_line
+from pdl.cross_entropy import Loss, Objective
 from pdl.data import Collator, GlobalBatches
 from pdl.distributed import RunFailed, say
 from pdl.export import export_model
@@ -169,7 +170,17 @@ def train_model(config: Config, prepared: Prepared, storage: Storage, resume: Re
         config, distributed.world_size(), universal=resume is not None and resume.reshard, node_local=not storage.shared
     )
     engine = initialize_engine(model, adamw(model, config), settings)
-    weights = prepared.weights.to(device)
+    weights, tilt = (None if table is None else table.to(device) for table in prepared.tables)
+    loss = Loss(
+        weights=weights,
+        reduction=config.loss.reduction,
+        objective=Objective(
+            label_smoothing=config.loss.label_smoothing, z_loss=config.loss.z_loss,
+            certain=1.0 if config.loss.name == "dft" else 0.0, uncertain=config.loss.gamma or 0.0,
+        ),
+        untilt=None if tilt is None else -tilt,
+        adjusted=config.loss.name == "logit_adjusted",
+    )  # fmt: skip
     start = decoder_start(model) if prepared.encoder.is_encoder_decoder else None
     collator = Collator(prepared.tokenizer.pad_token_id, start)
     if prepared.train is None:
@@ -185,21 +196,20 @@ def train_model(config: Config, prepared: Prepared, storage: Storage, resume: Re
             device
         )
         tolerance = 1e-4 if training.precision == "fp32" else 2e-2
-        check_parity(engine.module, head, batch.inputs, batch.labels, weights, tolerance)
+        check_parity(engine.module, head, batch.inputs, batch.labels, loss, tolerance)
 
     trainer = Trainer(
         engine=engine,
         head=head,
-        weights=weights,
-        meter=Meter(weights, frequency_buckets(prepared.frequencies.counts).to(device), config.loss.reduction),
+        loss=loss,
+        meter=Meter(loss, frequency_buckets(prepared.frequencies.counts).to(device)),
         batches=batches,
         validation=prepared.validation,
         collator=collator,
         learning_rate=schedule(
             training.schedule, training.learning_rate, training.warmup_steps, training.schedule_steps or last_step
         ),
-        reduction=config.loss.reduction,
-        alpha=config.loss.alpha if config.loss.name == "power_law" else 0.0,
+        alpha=config.loss.alpha if config.loss.decays else 0.0,
         zero_stage=config.zero_stage,
         skip_nonfinite=training.skip_nonfinite,
         row_sampling=RowSampling(config.loss.row_sampling, training.seed) if config.loss.row_sampling else None,

@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from pdl import distributed, watch
 from pdl.config import UserError
-from pdl.cross_entropy import LossSums
+from pdl.cross_entropy import Loss, LossSums
 from pdl.data import Batch, Collator, GlobalBatches, TokenRows, validation_batches
 from pdl.distributed import RunFailed
 from pdl.loss_head import LossHead, loss_of
@@ -44,20 +44,19 @@ class TrainerState:
 class Trainer:
     """All that a step needs. Made by `pdl.run`; everything in it is the same on every rank but the data it reads.
 
-    head: None computes the loss over full logits. weights: float32 `[vocabulary]` on this rank's device; alpha is logged.
+    head: None computes the loss over full logits. loss: with its tables on this rank's device; alpha is logged.
     learning_rate: the rate of an update, as a function of its step (from 0). skip_nonfinite: how many steps that are not
     finite a run leaves out, never two in a row. row_sampling: which rows give gradients; None: all of them.
     """
 
     engine: torch.nn.Module
     head: LossHead | None
-    weights: torch.Tensor
+    loss: Loss
     meter: Meter
     batches: GlobalBatches | StreamedBatches
     validation: TokenRows
     collator: Collator
     learning_rate: Callable[[int], float]
-    reduction: str
     alpha: float
     zero_stage: int
     skip_nonfinite: int = 0
@@ -111,9 +110,9 @@ class Trainer:
         # The denominator is that of the whole global batch, so gradients are to be summed over micro-batches and ranks.
         # DeepSpeed sums over micro-batches (scale_wrt_gas=False) and averages over ranks, hence the number of ranks.
         denominator = self.global_denominator(step, window, unreadable) / distributed.world_size()
-        all_sums, finite = [], torch.ones((), device=self.weights.device)
+        all_sums, finite = [], torch.ones((), device=self.loss.weights.device)
         for number, batch in enumerate(window):
-            loss, sums = self.loss(batch, denominator, step, number)
+            loss, sums = self.loss_of(batch, denominator, step, number)
             all_sums.append(replace(sums, weighted=sums.weighted.detach()))
             finite *= torch.isfinite(loss.detach())
             if number == len(window) - 1 and not self._finite_on_all_ranks(finite):
@@ -128,14 +127,14 @@ class Trainer:
             self.meter.add(sums, batch.labels, read=_tokens_read(batch))
         return True
 
-    def loss(self, batch: Batch, denominator: torch.Tensor, step: int, number: int) -> tuple[torch.Tensor, LossSums]:
+    def loss_of(self, batch: Batch, denominator: torch.Tensor, step: int, number: int) -> tuple[torch.Tensor, LossSums]:
         """Of this rank's micro-batch `number`: the scalar to call backward on, and its sums."""
         arguments = self.engine, self.head, batch.inputs
         if self.row_sampling is None:
-            return loss_of(*arguments, batch.labels, self.weights, denominator)
+            return loss_of(*arguments, batch.labels, self.loss, denominator)
         place = number * distributed.world_size() + distributed.rank()
-        draw = self.row_sampling.draw(batch.labels, self.weights, step, place)
-        loss, sums = loss_of(*arguments, draw.labels, self.weights, denominator, draw.token_weights)
+        draw = self.row_sampling.draw(batch.labels, self.loss.weights, step, place)
+        loss, sums = loss_of(*arguments, draw.labels, self.loss, denominator, draw.token_weights)
         return loss, draw.estimate(sums)
 
     def window(self, step: int) -> tuple[list[Batch], UserError | None]:
@@ -144,7 +143,7 @@ class Trainer:
             window = self.batches.window(step, distributed.rank(), distributed.world_size())
         except UserError as error:
             return [], error
-        return [batch.to(self.weights.device) for batch in window], None
+        return [batch.to(self.loss.weights.device) for batch in window], None
 
     def global_denominator(self, step: int, window: list[Batch], unreadable: UserError | None = None) -> torch.Tensor:
         """What the loss of a global batch is divided by, float64: sum(w), N or 1 over all its supervised tokens. One all-reduce.
@@ -152,9 +151,10 @@ class Trainer:
         In it all ranks agree whether to stop, too: raises Stopped, or what is unreadable to any of them, before anything of
         the step is done.
         """
-        labels = torch.cat([self.weights.new_empty(0, dtype=torch.long), *(batch.labels.flatten() for batch in window)])
+        weights = self.loss.weights
+        labels = torch.cat([weights.new_empty(0, dtype=torch.long), *(batch.labels.flatten() for batch in window)])
         labels = labels[labels != -100]
-        weight = self.weights[labels].double().sum()
+        weight = weights[labels].double().sum()
         told = [len(labels), watch.asked(), unreadable is not None]
         sums = torch.stack([weight, *map(weight.new_tensor, told)])
         dist.all_reduce(sums)
@@ -163,7 +163,9 @@ class Trainer:
             raise next(filter(None, distributed.gathered(unreadable)))
         if asked:
             raise watch.Stopped
-        denominator = {"weighted_mean": weight, "token_mean": tokens, "sum": torch.ones_like(tokens)}[self.reduction]
+        denominator = {"weighted_mean": weight, "token_mean": tokens, "sum": torch.ones_like(tokens)}[
+            self.loss.reduction
+        ]
         if tokens == 0 or denominator == 0:
             raise StepRefused(
                 f"step {step}: no token of the global batch has a weight; dataset rows {self.batches.row_numbers(step)}"
@@ -219,14 +221,16 @@ class Trainer:
     def validate(self) -> dict[str, float]:
         """All validation metrics, over every supervised token of the split once."""
         self.engine.eval()
-        meter = Meter(self.weights, self.meter.buckets, self.reduction)
+        meter = Meter(self.loss, self.meter.buckets)
         size = self.batches.micro_batch_size
         for batch in validation_batches(
             self.validation, self.collator, size, distributed.rank(), distributed.world_size()
         ):
             watch.agree(f"validating after step {self.state.done}")
-            batch = batch.to(self.weights.device)
-            _, sums = loss_of(self.engine, self.head, batch.inputs, batch.labels, self.weights, denominator=1.0)
+            batch = batch.to(self.loss.weights.device)
+            _, sums = loss_of(
+                self.engine, self.head, batch.inputs, batch.labels, self.loss, denominator=1.0, untilted=True
+            )
             meter.add(sums, batch.labels)
         self.engine.train()
         return meter.values("validation")

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
+
+from pdl import baselines
 
 
 def power_law_weights(
@@ -17,6 +19,7 @@ def power_law_weights(
     general_counts: torch.Tensor | None = None,
     general_weight: float = 0.0,
     unseen: Literal["rarest", "epsilon"] = "rarest",
+    min_weight: float | None = None,
     max_weight: float | None = None,
     normalize: bool = True,
 ) -> torch.Tensor:
@@ -28,6 +31,7 @@ def power_law_weights(
     frequency: `probability` is count / total; `count` takes the counts as they are.
     general_counts, general_weight: mixes in a general corpus, `p = (1 - g) p_task + g p_general` (probabilities only).
     unseen: tokens of frequency 0 get the weight of the `rarest` seen token, or `epsilon^-alpha`, Eq. 3 to the letter.
+    min_weight: lower bound of (freq + epsilon)^-alpha, before the scaling: a floor for the most frequent tokens.
     max_weight: upper bound of the final weights.
     normalize: scale so that the mean weight of the counted tokens is 1 (`sum p_task w = 1`), which keeps losses and
         learning rates comparable with cross-entropy. With `max_weight` the scale c solves
@@ -60,6 +64,8 @@ def power_law_weights(
             problems.append("frequency='count' cannot be mixed with a general corpus: the two have different totals")
         if general_counts.shape != counts.shape or int(general_counts.sum()) == 0:
             problems.append(f"general_counts must count over the same {counts.numel()} rows and not be empty")
+    if min_weight is not None and not (math.isfinite(min_weight) and min_weight > 0):
+        problems.append(f"min_weight must be finite and > 0, not {min_weight}")
     if max_weight is not None and not (math.isfinite(max_weight) and max_weight >= 1 if normalize else max_weight > 0):
         problems.append(f"max_weight must be {'finite and >= 1' if normalize else '> 0'}, not {max_weight}")
     if problems:
@@ -71,17 +77,29 @@ def power_law_weights(
         freq = (1 - general_weight) * probability + general_weight * general_counts.double() / general_counts.sum()
     if unseen == "rarest":
         freq = torch.where(freq > 0, freq, freq[freq > 0].min())
-    weights = (freq + epsilon).pow(-alpha)
-    if normalize:
-        weights = _unit_mean(weights, probability, max_weight)
-    elif max_weight is not None:
-        weights = weights.clamp(max=max_weight)
-    weights = weights.float()
+    weights = _scaled((freq + epsilon).pow(-alpha), probability, min_weight, max_weight, normalize)
     if not bool(torch.isfinite(weights).all()):
         raise ValueError(
             f"alpha={alpha} with epsilon={epsilon} gives weights beyond float32; lower alpha or raise epsilon"
         )
     return weights
+
+
+def _scaled(
+    weights: torch.Tensor,
+    probability: torch.Tensor,
+    min_weight: float | None,
+    max_weight: float | None,
+    normalize: bool,
+) -> torch.Tensor:
+    """The bounds and the scaling that all weights have in common; float64 in, float32 out."""
+    if min_weight is not None:
+        weights = weights.clamp(min=min_weight)
+    if normalize:
+        weights = _unit_mean(weights, probability, max_weight)
+    elif max_weight is not None:
+        weights = weights.clamp(max=max_weight)
+    return weights.float()
 
 
 def _unit_mean(weights: torch.Tensor, probability: torch.Tensor, max_weight: float | None) -> torch.Tensor:
@@ -102,16 +120,29 @@ def _unit_mean(weights: torch.Tensor, probability: torch.Tensor, max_weight: flo
     return (weights * scales[fits.nonzero()[0, 0]]).clamp(max=max_weight)
 
 
-def loss_weights(loss, counts: torch.Tensor, general_counts: torch.Tensor | None = None) -> torch.Tensor:
-    """The weights that a `loss` section of a config asks for. A new `loss.name` is one more case here.
+class LossTables(NamedTuple):
+    """What a loss knows of each vocabulary row.
 
-    loss: `pdl.config.LossConfig`; counts, general_counts: int64 `[vocabulary]`. Returns float32 `[vocabulary]`.
+    weights: float32 `[vocabulary]`, the factor of a token's loss.
+    tilt: float32 `[vocabulary]` or None. A model that minimizes the loss ends at q proportional to p * exp(tilt), where p is the
+        distribution of the data: tilt = log w for a loss that is weighted by w (README, "What PDL does").
     """
+
+    weights: torch.Tensor
+    tilt: torch.Tensor | None
+
+
+def loss_tables(loss, counts: torch.Tensor, general_counts: torch.Tensor | None = None) -> LossTables:
+    """The tables that a `loss` section of a config asks for. A new `loss.name` is one more case here.
+
+    loss: `pdl.config.LossConfig`; counts, general_counts: int64 `[vocabulary]`.
+    """
+    ones = torch.ones(counts.numel())
     match loss.name:
-        case "cross_entropy":
-            return torch.ones(counts.numel())
-        case "power_law":
-            return power_law_weights(
+        case "cross_entropy" | "focal" | "dft":
+            return LossTables(ones, None)
+        case "power_law" | "logit_adjusted":
+            weights = power_law_weights(
                 counts,
                 loss.alpha,
                 loss.epsilon,
@@ -119,7 +150,24 @@ def loss_weights(loss, counts: torch.Tensor, general_counts: torch.Tensor | None
                 general_counts=general_counts,
                 general_weight=loss.general_weight,
                 unseen=loss.unseen,
+                min_weight=loss.min_weight,
                 max_weight=loss.max_weight,
                 normalize=loss.normalize,
             )
-    raise ValueError(f"unknown loss.name {loss.name!r}")
+        case "inverse_frequency":
+            weights = power_law_weights(
+                counts, 1.0, min_weight=loss.min_weight, max_weight=loss.max_weight, normalize=loss.normalize
+            )
+        case name:
+            raw = {
+                "class_balanced": lambda: baselines.class_balanced(counts, loss.beta),
+                "exponential": lambda: baselines.exponential(counts, loss.temperature),
+                "chi_square": lambda: baselines.chi_square(counts, loss.temperature),
+                "face": lambda: baselines.face(counts),
+                "self_information": lambda: baselines.self_information(counts),
+            }[name]()
+            probability = counts.double() / counts.sum()
+            weights = _scaled(raw, probability, loss.min_weight, loss.max_weight, loss.normalize)
+    # No tilt is infinite: a token of weight 0 is one that the loss says nothing about.
+    tilt = weights.clamp_min(torch.finfo(torch.float32).tiny).log()
+    return LossTables(ones if loss.name == "logit_adjusted" else weights, tilt)

@@ -32,7 +32,7 @@ def inputs(
 
 
 def reference(hidden, head_weight, labels, weights, token_weights, denominator, bias=None, logit_scale=1.0, softcap=None,
-              objective=Objective(), **_):  # noqa: B008  # fmt: skip
+              objective=Objective(), shift=None, adjusted=False, **_):  # noqa: B008  # fmt: skip
     """The same in float64, row by row and by the book: (weighted loss, cross-entropy of each labelled row, gradients)."""
     leaves = [leaf.detach().double().requires_grad_() for leaf in (hidden, head_weight, bias) if leaf is not None]
     logits = logit_scale * F.linear(*leaves)
@@ -42,8 +42,9 @@ def reference(hidden, head_weight, labels, weights, token_weights, denominator, 
     for row, label, own in zip(logits, labels.tolist(), token_weights.double(), strict=True):
         if label == -100:
             continue
+        losses.append(-row.log_softmax(0)[label])
+        row = row + shift.double() if adjusted else row
         log_p = row.log_softmax(0)
-        losses.append(-log_p[label])
         value = (1 - objective.label_smoothing) * -log_p[label] - objective.label_smoothing * log_p.mean()
         value = value + objective.z_loss * row.logsumexp(0) ** 2
         p = log_p[label].exp().detach()
@@ -53,13 +54,19 @@ def reference(hidden, head_weight, labels, weights, token_weights, denominator, 
     return total.detach(), torch.stack(losses).detach() if losses else logits.new_zeros(0), gradients
 
 
-def eager(hidden, head_weight, bias=None, logit_scale=1.0, softcap=None, **given) -> tuple[torch.Tensor, ...]:
-    """The gradients that autograd makes in the type of the inputs, over full logits."""
-    leaves = [leaf.detach().requires_grad_() for leaf in (hidden, head_weight, bias) if leaf is not None]
-    logits = logit_scale * F.linear(*leaves)
+def over_logits(hidden, head_weight, bias=None, logit_scale=1.0, softcap=None, **given):
+    """The sums that autograd has full logits for, in the type of the inputs."""
+    logits = logit_scale * F.linear(hidden, head_weight, bias)
     if softcap:
         logits = softcap * torch.tanh(logits / softcap)
-    return torch.autograd.grad(weighted_cross_entropy(logits, **given).weighted, leaves)
+    return weighted_cross_entropy(logits, **given)
+
+
+def eager(**given) -> tuple[torch.Tensor, ...]:
+    leaves = {
+        name: given[name].detach().requires_grad_() for name in ("hidden", "head_weight", "bias") if name in given
+    }
+    return torch.autograd.grad(over_logits(**given | leaves).weighted, list(leaves.values()))
 
 
 def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
@@ -75,13 +82,27 @@ ROUNDING = {torch.float64: 1e-14, torch.float32: 1e-6, torch.bfloat16: 1e-2, tor
 @given(
     rows=st.integers(0, 17), width=st.integers(1, 9), vocabulary=st.integers(2, 40), ignored=st.floats(0, 1), seed=st.integers(0, 10**6),
     with_bias=st.booleans(), logit_scale=st.sampled_from([1.0, 0.25, 4.0]), softcap=st.sampled_from([None, 3.0]), transposed=st.booleans(),
-    chunk_rows=st.sampled_from([None, 1, 2, 3, 5, 100]), objective=st.sampled_from(OBJECTIVES), dtype=st.sampled_from(list(ROUNDING)),
+    chunk_rows=st.sampled_from([None, 1, 2, 3, 5, 100]), objective=st.sampled_from(OBJECTIVES), shifted=st.sampled_from([None, "measured", "minimized"]), dtype=st.sampled_from(list(ROUNDING)),
 )  # fmt: skip
 def test_exactness(
-    rows, width, vocabulary, ignored, seed, with_bias, logit_scale, softcap, transposed, chunk_rows, objective, dtype
+    rows,
+    width,
+    vocabulary,
+    ignored,
+    seed,
+    with_bias,
+    logit_scale,
+    softcap,
+    transposed,
+    chunk_rows,
+    objective,
+    shifted,
+    dtype,
 ):
     given = inputs(rows, width, vocabulary, seed, ignored, dtype)
     given |= {"logit_scale": logit_scale, "softcap": softcap, "objective": objective}
+    if shifted:
+        given |= {"shift": torch.linspace(-3, 2, vocabulary), "adjusted": shifted == "minimized"}
     if with_bias:
         given["bias"] = torch.linspace(-1, 1, vocabulary, dtype=dtype, requires_grad=True)
     if transposed:  # as where the head is a view of something else
@@ -119,6 +140,9 @@ def test_exactness(
         )
         torch.testing.assert_close(sums.token_losses.double(), losses, rtol=2e-6, atol=2e-6)
         torch.testing.assert_close(sums.cross_entropy, losses.sum(), rtol=2e-6, atol=2e-6)
+        plain_sums = over_logits(**given)
+        for name in ("shifted_losses", "token_values", "weight", "token_losses"):
+            torch.testing.assert_close(getattr(sums, name), getattr(plain_sums, name), rtol=1e-5, atol=1e-5)
     assert torch.equal(
         given["hidden"].grad[given["labels"] == -100], torch.zeros_like(given["hidden"].grad[given["labels"] == -100])
     )
@@ -171,6 +195,7 @@ def test_the_operator_keeps_torchs_rules():
         given["hidden"],
         given["head_weight"],
         None,
+        None,
         torch.arange(9),
         given["labels"],
         factors,
@@ -178,6 +203,7 @@ def test_the_operator_keeps_torchs_rules():
         1.0,
         0.0,
         [0.0] * 4,
+        False,
         3,
     )
     torch.library.opcheck(_linear_cross_entropy, (*arguments, [True, True, False]))
@@ -250,8 +276,8 @@ class Largest(TorchDispatchMode):
 
 def operator_arguments(given: dict, graded: int, chunk_rows: int, wanted: list[bool]) -> tuple:
     rows = torch.arange(len(given["labels"]))
-    return (given["hidden"].detach(), given["head_weight"].detach(), None, rows, given["labels"], torch.ones(len(rows), dtype=torch.float64),
-            graded, 1.0, 0.0, [0.0] * 4, chunk_rows, wanted)  # fmt: skip
+    return (given["hidden"].detach(), given["head_weight"].detach(), None, None, rows, given["labels"], torch.ones(len(rows), dtype=torch.float64),
+            graded, 1.0, 0.0, [0.0] * 4, False, chunk_rows, wanted)  # fmt: skip
 
 
 def test_the_logits_are_never_there_all_at_once():

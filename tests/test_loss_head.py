@@ -12,9 +12,10 @@ sys.path.insert(0, str(Path(__file__).parent / "distributed"))
 import models
 
 from pdl import power_law_weights
+from pdl.cross_entropy import Loss
 from pdl.loss_head import LossHead, UnsupportedModel, check_parity, loss_of
 
-WEIGHTS = power_law_weights(torch.arange(models.VOCABULARY, 0, -1), 0.7)
+LOSS = Loss(power_law_weights(torch.arange(models.VOCABULARY, 0, -1), 0.7))
 
 
 def batch(model):
@@ -32,7 +33,7 @@ def test_parity_holds(family):
     head = LossHead.attach(model)
     inputs, labels = batch(model)
     random_state = torch.get_rng_state()
-    check_parity(model, head, inputs, labels, WEIGHTS, 1e-4)
+    check_parity(model, head, inputs, labels, LOSS, 1e-4)
     assert torch.equal(torch.get_rng_state(), random_state)
     assert model.training and all(parameter.grad is None for parameter in model.parameters())
 
@@ -86,7 +87,7 @@ def test_models_that_do_otherwise_are_refused_by_name(unseen, message):
     head = LossHead.attach(model)
     inputs, labels = batch(model)
     with pytest.raises(UnsupportedModel, match=message) as refused:
-        check_parity(model, head, inputs, labels, WEIGHTS, 1e-4)
+        check_parity(model, head, inputs, labels, LOSS, 1e-4)
     assert unseen.__name__ in str(refused.value) and "loss.path=logits" in str(refused.value)
 
 
@@ -102,7 +103,7 @@ def test_labels_are_cleared_when_a_forward_fails():
     head = LossHead.attach(model)
     inputs, labels = batch(model)
     with pytest.raises(IndexError):
-        loss_of(model, head, inputs | {"input_ids": inputs["input_ids"] + 10_000}, labels, WEIGHTS, 1.0)
+        loss_of(model, head, inputs | {"input_ids": inputs["input_ids"] + 10_000}, labels, LOSS, 1.0)
     assert model(**inputs).logits.shape == (2, 4, models.VOCABULARY)
 
 
@@ -110,6 +111,6 @@ def test_a_loss_is_taken_once():
     model = models.build("llama")
     head = LossHead.attach(model)
     inputs, labels = batch(model)
-    loss_of(model, head, inputs, labels, WEIGHTS, 1.0)
+    loss_of(model, head, inputs, labels, LOSS, 1.0)
     with pytest.raises(UnsupportedModel):
         head.take()

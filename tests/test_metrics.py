@@ -6,6 +6,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from pdl.cross_entropy import Loss
 from pdl.metrics import Meter, RunLog, frequency_buckets
 from pdl.train import schedule
 
@@ -94,5 +95,4 @@ def test_a_damaged_line_is_set_aside_and_the_others_stay(group_of_one, tmp_path)
 
 def test_no_values_without_a_token(group_of_one):
     """A window of which every step was left out, not finite."""
-    weights = torch.ones(4)
-    assert Meter(weights, torch.zeros(4, dtype=torch.long), "weighted_mean").values("train") == {}
+    assert Meter(Loss(torch.ones(4)), torch.zeros(4, dtype=torch.long)).values("train") == {}

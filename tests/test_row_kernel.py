@@ -23,8 +23,11 @@ OBJECTIVES = [
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("objective", OBJECTIVES)
-@pytest.mark.parametrize(("logit_scale", "softcap", "biased"), [(1.0, 0.0, False), (0.5, 3.0, True), (2.0, 0.0, True)])
-def test_the_same_as_in_torch(monkeypatch, dtype, objective, logit_scale, softcap, biased):
+@pytest.mark.parametrize(
+    ("logit_scale", "softcap", "biased", "shifted", "adjusted"),
+    [(1.0, 0.0, False, False, False), (0.5, 3.0, True, True, True), (2.0, 0.0, True, True, False)],
+)
+def test_the_same_as_in_torch(monkeypatch, dtype, objective, logit_scale, softcap, biased, shifted, adjusted):
     monkeypatch.setenv("TRITON_INTERPRET", INTERPRETED)
     monkeypatch.setattr(row_kernel, "_BLOCK", 16)  # several, of which the last is not full
     generator = torch.Generator().manual_seed(0)
@@ -32,14 +35,39 @@ def test_the_same_as_in_torch(monkeypatch, dtype, objective, logit_scale, softca
     labels = torch.randint(0, 45, (3,), generator=generator).to(DEVICE)
     factors = torch.rand(3, generator=generator, dtype=torch.float64).to(DEVICE)
     bias = torch.linspace(-1, 1, 45, device=DEVICE, dtype=dtype) if biased else None
+    shift = torch.linspace(2, -2, 45, device=DEVICE) if shifted else None
     for with_gradient in (True, False):
         results = []
         for work in (row_pass, row_kernel.row_pass):
             into = logits.clone()
             values, losses = torch.zeros(3, device=DEVICE), torch.zeros(3, device=DEVICE)
             correct = torch.zeros(3, dtype=torch.bool, device=DEVICE)
-            work(into, bias, labels, factors, values, losses, correct, objective, logit_scale, softcap, with_gradient)
-            results.append((values, losses, correct.float(), *([into.float()] if with_gradient else [])))
+            of_shifted = torch.zeros(3, device=DEVICE) if shifted else None
+            work(
+                into,
+                bias,
+                shift,
+                labels,
+                factors,
+                values,
+                losses,
+                of_shifted,
+                correct,
+                objective,
+                adjusted,
+                logit_scale,
+                softcap,
+                with_gradient,
+            )
+            results.append(
+                (
+                    values,
+                    losses,
+                    *([of_shifted] if shifted else []),
+                    correct.float(),
+                    *([into.float()] if with_gradient else []),
+                )
+            )
         for expected, found in zip(*results, strict=True):
             torch.testing.assert_close(found, expected, rtol=1e-5 if dtype == torch.float32 else 1e-2, atol=2e-6)
 
@@ -53,6 +81,8 @@ def test_rows_beyond_two_to_the_31():
     factors = torch.ones(17_000, device="cuda", dtype=torch.float64)
     values, losses = torch.zeros(17_000, device="cuda"), torch.zeros(17_000, device="cuda")
     correct = torch.zeros(17_000, dtype=torch.bool, device="cuda")
-    row_kernel.row_pass(logits, None, labels, factors, values, losses, correct, Objective(), 1.0, 0.0, True)
+    row_kernel.row_pass(
+        logits, None, None, labels, factors, values, losses, None, correct, Objective(), False, 1.0, 0.0, True
+    )
     assert correct.all() and (losses == losses[0]).all() and losses[0] > 0
     assert torch.equal(logits[-1], logits[0]) and float(logits[0, 7]) < 0

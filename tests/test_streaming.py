@@ -20,6 +20,7 @@ from tokenizers.normalizers import Replace
 
 from pdl import distributed, streaming
 from pdl.config import UserError, flattened, load_config
+from pdl.cross_entropy import Loss
 from pdl.data import IGNORE, Collator, Encoder
 from pdl.frequencies import TokenFrequencies
 from pdl.records import examples_hash, records
@@ -62,8 +63,8 @@ def pass_over(folder: str) -> int:
     distributed.start()
     read = batches(corpus(Path(folder)) if Path(folder).name == "whole" else corpus_cut_off(Path(folder)))
     trainer = Trainer(
-        engine=None, head=None, weights=torch.ones(WORDS), meter=None, batches=read, validation=None, collator=None,
-        learning_rate=None, reduction="sum", alpha=0.0, zero_stage=0,
+        engine=None, head=None, loss=Loss(torch.ones(WORDS), "sum"), meter=None, batches=read, validation=None, collator=None,
+        learning_rate=None, alpha=0.0, zero_stage=0,
     )  # fmt: skip
     window, unreadable = trainer.window(2)
     try:

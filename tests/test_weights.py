@@ -8,8 +8,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pdl import power_law_weights
-from pdl.config import LossConfig
-from pdl.weights import loss_weights
 
 COUNTS = torch.tensor([5000, 1200, 300, 300, 41, 7, 1, 0, 0])
 
@@ -130,11 +128,3 @@ def test_bad_counts_are_refused():
 def test_every_problem_is_named_at_once():
     with pytest.raises(ValueError, match=r"alpha.*epsilon"):
         power_law_weights(COUNTS, -1.0, -1.0)
-
-
-def test_the_loss_section_chooses_the_weights():
-    assert torch.equal(loss_weights(LossConfig(name="cross_entropy"), COUNTS), torch.ones(len(COUNTS)))
-    power_law = LossConfig(name="power_law", alpha=0.6, unseen="epsilon", max_weight=4.0)
-    assert torch.equal(
-        loss_weights(power_law, COUNTS), power_law_weights(COUNTS, 0.6, unseen="epsilon", max_weight=4.0)
-    )

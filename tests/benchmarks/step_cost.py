@@ -26,6 +26,7 @@ import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from pdl import distributed, power_law_weights
+from pdl.cross_entropy import Loss
 from pdl.data import Collator, GlobalBatches, TokenRows
 from pdl.loss_head import LossHead
 from pdl.metrics import Meter, frequency_buckets
@@ -46,7 +47,7 @@ class StockLoss(Trainer):
 
     def train_step(self, step: int) -> bool:
         for batch in self.batches.window(step, 0, 1):
-            batch = batch.to(self.weights.device)
+            batch = batch.to(self.loss.weights.device)
             # The collator has shifted the labels; a decoder-only model is told so.
             shifted = {} if "decoder_input_ids" in batch.inputs else {"shift_labels": batch.labels}
             loss = self.engine(**batch.inputs, labels=batch.labels, use_cache=False, **shifted).loss
@@ -125,10 +126,10 @@ def trainer(shape: str, loss: str, vocabulary: int) -> Trainer | HuggingFace:
     engine = initialize_engine(model, torch.optim.AdamW(model.parameters(), lr=1e-4), deepspeed)
     counts = table.count(vocabulary).counts
     weights = power_law_weights(counts, 0.5) if loss.startswith("power_law") else torch.ones(vocabulary)
-    weights = weights.to(distributed.device())
+    loss_made = Loss(weights.to(distributed.device()))
     return (StockLoss if loss == "stock" else Trainer)(
-        engine=engine, head=head, weights=weights, meter=Meter(weights, frequency_buckets(counts).to(weights.device), "weighted_mean"),
-        batches=batches, validation=table, collator=collator, learning_rate=lambda step: 1e-4, reduction="weighted_mean", alpha=0.5, zero_stage=2,
+        engine=engine, head=head, loss=loss_made, meter=Meter(loss_made, frequency_buckets(counts).to(distributed.device())),
+        batches=batches, validation=table, collator=collator, learning_rate=lambda step: 1e-4, alpha=0.5, zero_stage=2,
     )  # fmt: skip
 
 

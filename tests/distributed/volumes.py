@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from pdl import distributed, power_law_weights
 from pdl.config import Config, TrainingConfig
+from pdl.cross_entropy import Loss
 from pdl.data import Collator, GlobalBatches, TokenRows
 from pdl.loss_head import LossHead
 from pdl.metrics import Meter, frequency_buckets
@@ -76,11 +77,11 @@ def trainer(case: dict) -> Trainer:
     collator = Collator(0)
     engine = initialize_engine(model, adamw(model, settings), deepspeed_settings(settings, distributed.world_size()))
     counts = torch.ones(VOCABULARY, dtype=torch.int64)
-    weights = power_law_weights(counts, 0.5)
+    loss = Loss(power_law_weights(counts, 0.5))
     return Trainer(
-        engine=engine, head=head, weights=weights, meter=Meter(weights, frequency_buckets(counts), "weighted_mean"),
+        engine=engine, head=head, loss=loss, meter=Meter(loss, frequency_buckets(counts)),
         batches=GlobalBatches(rows, collator, 0, size, 2), validation=rows, collator=collator, learning_rate=lambda step: 1e-3,
-        reduction="weighted_mean", alpha=0.5, zero_stage=case["stage"],
+        alpha=0.5, zero_stage=case["stage"],
     )  # fmt: skip
 
 

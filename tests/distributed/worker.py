@@ -16,6 +16,7 @@ from distributed.models import TOKENS, VOCABULARY, build, prompts_and_targets
 from distributed.oracle import zipf_counts
 from pdl import distributed, power_law_weights
 from pdl.config import Config, TrainingConfig
+from pdl.cross_entropy import Loss
 from pdl.data import Collator, GlobalBatches, TokenRows
 from pdl.loss_head import LossHead, check_parity, loss_of
 from pdl.metrics import Meter, frequency_buckets
@@ -30,8 +31,8 @@ class MeanOfMeans(Trainer):
 
     def train_step(self, step: int) -> bool:
         for batch in self.batches.window(step, distributed.rank(), distributed.world_size()):
-            denominator = self.weights[batch.labels[batch.labels != -100]].double().sum().clamp(min=1e-9)
-            loss, sums = loss_of(self.engine, self.head, batch.inputs, batch.labels, self.weights, denominator)
+            denominator = self.loss.weights[batch.labels[batch.labels != -100]].double().sum().clamp(min=1e-9)
+            loss, sums = loss_of(self.engine, self.head, batch.inputs, batch.labels, self.loss, denominator)
             self.engine.backward(loss)
             self.engine.step()
             self.meter.add(sums, batch.labels)
@@ -108,21 +109,21 @@ def run(case: dict, out: Path) -> None:
     optimizer = torch.optim.SGD(model.parameters(), lr=case["learning_rate"])
     engine = initialize_engine(model, optimizer, deepspeed_settings(config, world_size))
     counts = zipf_counts(VOCABULARY, TOKENS)
-    weights = power_law_weights(counts, case["alpha"])
+    loss = Loss(power_law_weights(counts, case["alpha"]), case["reduction"])
     if head is not None:
         batch = batches.window(0, 0, world_size)[0]
         if (batch.labels != -100).any():
             check_parity(
-                engine.module, head, batch.inputs, batch.labels, weights, 1e-4 if case["precision"] == "fp32" else 2e-2
+                engine.module, head, batch.inputs, batch.labels, loss, 1e-4 if case["precision"] == "fp32" else 2e-2
             )
             assert all(parameter.grad is None for parameter in model.parameters()), (
                 "the parity check left gradients behind"
             )
     before = full_parameters(model, case["precision"])
     trainer = (MeanOfMeans if case["naive"] else Trainer)(
-        engine=engine, head=head, weights=weights, meter=Meter(weights, frequency_buckets(counts), case["reduction"]),
+        engine=engine, head=head, loss=loss, meter=Meter(loss, frequency_buckets(counts)),
         batches=batches, validation=rows, collator=collator, learning_rate=lambda step: case["learning_rate"],
-        reduction=case["reduction"], alpha=case["alpha"], zero_stage=case["stage"],
+        alpha=case["alpha"], zero_stage=case["stage"],
     )  # fmt: skip
     if case["poison"] and distributed.rank() == world_size - 1:
         poison(model)
