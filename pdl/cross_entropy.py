@@ -103,7 +103,7 @@ def weighted_cross_entropy(
     logits: `[N, vocabulary]`, any float dtype; the loss is computed in float32.
     labels: integers `[N]`, aligned with the logits.
     weights: float32 `[vocabulary]`, one per output row, as `power_law_weights` gives them.
-    token_weights: `[N]`, an extra factor per position. denominator: a number or a scalar tensor.
+    token_weights: `[N]`, an extra factor per position; without a gradient. denominator: a number or a scalar tensor.
     objective: what stands for l in `weighted`; the other fields are of the plain cross-entropy.
     shift: float32 `[vocabulary]`, added to the logits for `shifted_losses`. With -log w they say what a model knows when the lean
         towards rare tokens that a weight w teaches is taken out.
@@ -152,7 +152,7 @@ def weighted_cross_entropy(
 def weight_of_tokens(labels: torch.Tensor, weights: torch.Tensor, token_weights: torch.Tensor | None) -> torch.Tensor:
     """w of each label, times its own factor; float64."""
     weight = weights[labels].double()
-    return weight if token_weights is None else weight * token_weights.double()
+    return weight if token_weights is None else weight * token_weights.detach().double()
 
 
 class PowerLawDecayLoss(nn.Module):

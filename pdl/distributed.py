@@ -50,7 +50,7 @@ def start() -> None:
         os.environ.update(
             RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", LOCAL_WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=port
         )
-    watch.beat("meeting the other ranks", 2 * _MEETING.total_seconds())
+    watch.beat("meeting the other ranks", 4 * _MEETING.total_seconds())  # more than `_meet` waits for
     store = _meet()
     if on_gpu():
         torch.cuda.set_device(local_rank())
@@ -77,7 +77,11 @@ def _meet() -> dist.Store:
                 f"DS_ACCELERATOR=cuda, and of {torch.cuda.device_count()} GPUs none for local rank {local_rank()}"
             )
     try:
-        store, rank, world_size = next(dist.rendezvous("env://", timeout=_MEETING))
+        rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        # torchrun keeps a store for its ranks; else rank 0 does. One that is told the number of ranks cannot say which is missing.
+        keeps = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+        place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        store = dist.TCPStore(*place, is_master=keeps, timeout=_MEETING, wait_for_workers=False, multi_tenant=True)
         meeting = dist.PrefixStore("meeting", store)
         meeting.set(str(rank), json.dumps(own))
         names = [str(number) for number in range(world_size)]
@@ -96,6 +100,7 @@ def _meet() -> dist.Store:
         problems += difference(hosts, name, [each.get(name) for each in met])
     if problems:
         raise UserError("\n  - ".join(["the ranks cannot form a group", *problems]))
+    store.set_timeout(_TIMEOUT)  # of groups that are made later
     return store
 
 

@@ -14,9 +14,9 @@ import torch
 
 from pdl.cross_entropy import LossSums, Objective, weight_of_tokens
 
-_ROWS = {"cpu": 512, "cuda": 4096}  # whose logits exist at the same time; with fewer, matrix products are slow
-_SCRATCH = {"cpu": 256 << 20, "cuda": 5 << 29}  # bytes that they may take
-_BLOCK = {"cpu": 2 << 20, "cuda": 256 << 20}  # bytes in float32 of what one pass works on; a CPU holds it in its caches
+# Rows whose logits exist at the same time, the bytes that those may take, and the bytes in float32 of what the pass in torch works on
+# together. With fewer rows matrix products are slow; what a pass works on a CPU holds in its caches.
+_LIMITS = {"cpu": (512, 32 << 20, 2 << 20), "cuda": (4096, 5 << 29, 256 << 20)}
 
 
 def linear_weighted_cross_entropy(
@@ -43,14 +43,16 @@ def linear_weighted_cross_entropy(
     logit_scale: a factor on the logits (Granite, Cohere). softcap: `c * tanh(logits / c)` (Gemma).
     chunk_rows: rows whose logits are made at a time; by default it follows the device and the sizes.
     The rest, the result and the errors are those of `weighted_cross_entropy`. The gradients of `weighted` are made with it;
-    backward multiplies them by what comes in, and hands them out as they are where that is 1.
+    backward multiplies them by what comes in (on a CPU it hands them out as they are where that is 1). There are no second ones.
     """
+    if chunk_rows is not None and chunk_rows < 1:
+        raise ValueError(f"chunk_rows must be at least 1, not {chunk_rows}")
     if hidden.dim() != 2 or hidden.shape[:1] != labels.shape or weights.shape != head_weight.shape[:1]:
         raise ValueError(
             "hidden [N, D], labels [N], head_weight [V, D] and weights [V] do not fit: "
             f"{list(hidden.shape)}, {list(labels.shape)}, {list(head_weight.shape)}, {list(weights.shape)}"
         )
-    if torch.is_autocast_enabled(hidden.device.type):
+    if torch.is_autocast_enabled(hidden.device.type) and hidden.dtype != torch.float64:  # which autocast leaves alone
         dtype = torch.get_autocast_dtype(hidden.device.type)
         hidden, head_weight = hidden.to(dtype), head_weight.to(dtype)
     if hidden.dtype != head_weight.dtype:
@@ -62,6 +64,8 @@ def linear_weighted_cross_entropy(
         token_weight = weight_of_tokens(labels.masked_fill(labels == ignore_index, 0), weights, token_weights)
         rows, graded = _labelled_first(labels != ignore_index, token_weight != 0)
         labels, token_weight = labels[rows].long(), token_weight[rows]
+        if labels.is_cuda:  # a CPU finds out by itself
+            torch._assert_async(((labels >= 0) & (labels < len(head_weight))).all(), "a label is no row of the head")
         factors = token_weight / denominator
     wanted = [
         torch.is_grad_enabled() and leaf is not None and leaf.requires_grad for leaf in (hidden, head_weight, bias)
@@ -97,12 +101,13 @@ def _labelled_first(labelled: torch.Tensor, weighty: torch.Tensor) -> tuple[torc
 
 def _chunk_rows(rows: int, head_weight: torch.Tensor) -> int:
     """Chunks of equal size, as few as there is room for."""
-    device = head_weight.device.type
     vocabulary, width = head_weight.shape
-    fit = max(1, _SCRATCH[device] // (vocabulary * head_weight.element_size()))
+    products = _product_type(head_weight)
+    most, scratch, _ = _limits(head_weight)
+    fit = max(1, scratch // (vocabulary * products.itemsize))
     # So few rows that all of them at once take less room than a float32 sum of the chunks' gradients of the head.
-    at_once = rows <= 2 * width and head_weight.dtype in (torch.bfloat16, torch.float16)
-    most = fit if at_once else min(fit, _ROWS[device])
+    at_once = rows <= 2 * width and products.itemsize == 2
+    most = fit if at_once else min(fit, most)
     chunks = -(-rows // most)
     return -(-rows // max(1, chunks))
 
@@ -124,27 +129,42 @@ def _linear_cross_entropy(
     chunk_rows: int,
     wanted: list[bool],
 ) -> tuple[
-    torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor
+    torch.Tensor,
+    torch.Tensor,
+    torch.Tensor,
+    torch.Tensor,
+    torch.Tensor,
+    torch.Tensor,
+    torch.Tensor,
+    torch.Tensor,
+    torch.Tensor,
 ]:
-    """The weighted sum; of each row what is minimized, cross-entropy, that of shifted logits (empty without a shift) and correctness; the sum's gradients.
+    """The weighted sum; of each row what is minimized, cross-entropy, that of shifted logits (empty without a shift) and correctness; the unit of what follows; the sum's gradients.
 
     Those are to hidden, head_weight and bias. rows, labels, factors: `[M]`; gradients flow to the first `graded` of them only. wanted: which of the three are; the others are empty.
     An operator of its own: torch.compile takes it as one node, as it is.
     """
     wide = torch.promote_types(hidden.dtype, torch.float32)
-    device, vocabulary = hidden.device.type, len(head_weight)
-    # A CPU without instructions for a narrow type takes 100 times as long for its products.
-    products = wide if device == "cpu" and not _has_products(hidden.dtype) else hidden.dtype
+    vocabulary, products = len(head_weight), _product_type(hidden)
     head = head_weight.to(products)
     hidden_gradient = torch.zeros_like(hidden) if wanted[0] else hidden.new_empty(0)
     # Narrow sums over many chunks would lose what the later ones add; a single chunk is summed wide inside its product.
     summed = products if graded <= chunk_rows else wide
-    head_gradient = torch.zeros_like(head, dtype=summed) if wanted[1] else head.new_empty(0)
+    head_gradient = head.new_empty(head.shape if wanted[1] else 0, dtype=summed)
+    if graded == 0:
+        head_gradient.zero_()
     bias_gradient = hidden.new_zeros(vocabulary if wanted[2] else 0, dtype=wide)
     values = hidden.new_zeros(len(rows), dtype=wide)
     losses, correct = torch.empty_like(values), torch.empty_like(values, dtype=torch.bool)
     shifted = torch.empty_like(values if shift is not None else values[:0])
-    scratch = head.new_empty(min(chunk_rows, len(rows)), vocabulary)
+    # Rows begin where a GPU reads and writes 16 numbers at once.
+    scratch = head.new_empty(min(chunk_rows, len(rows)), -(-vocabulary // 16) * 16)[:, :vocabulary]
+    # A row's gradient may be too small for float16, which is why losses are scaled up there; but that is known in backward only. So
+    # gradients are kept in units of the largest factor.
+    unit = torch.ones((), dtype=factors.dtype, device=factors.device)
+    if hidden.dtype == torch.float16 and graded:
+        largest = factors.abs().max()
+        unit = torch.where(largest > 0, largest, unit).log2().ceil().exp2()
     row_pass = _row_pass_for(scratch)
     for start, end in _chunks(graded, len(rows), chunk_rows):
         those = slice(start, end)
@@ -152,7 +172,7 @@ def _linear_cross_entropy(
         logits = torch.mm(inputs, head.t(), out=scratch[: end - start])
         with_gradient = end <= graded
         row_pass(
-            logits, bias, shift, labels[those], factors[those],
+            logits, bias, shift, labels[those], factors[those] / unit,
             values[those], losses[those], shifted[those] if shift is not None else None, correct[those],
             Objective(*objective), adjusted, logit_scale, softcap, with_gradient,
         )  # fmt: skip
@@ -161,11 +181,13 @@ def _linear_cross_entropy(
         if wanted[0]:
             hidden_gradient.index_copy_(0, rows[those], torch.mm(logits, head).to(hidden.dtype))
         if wanted[1]:
-            _add_product(head_gradient, logits.t(), inputs)
+            _add_product(head_gradient, logits.t(), inputs, first=start == 0)
         if wanted[2]:
             bias_gradient += logits.sum(0, dtype=wide)
+    weighted = (values * factors).sum().to(wide)
+    scratch = logits = None  # before the gradient of the head is there twice
     gradients = hidden_gradient, head_gradient.to(head_weight.dtype), bias_gradient.to(hidden.dtype)
-    return (values * factors).sum().to(wide), values, losses, shifted, correct, *gradients
+    return weighted, values, losses, shifted, correct, unit, *gradients
 
 
 @_linear_cross_entropy.register_fake
@@ -192,6 +214,7 @@ def _(
         hidden.new_empty(len(rows), dtype=wide),
         hidden.new_empty(len(rows) if shift is not None else 0, dtype=wide),
         hidden.new_empty(len(rows), dtype=torch.bool),
+        factors.new_empty(()),
         torch.empty_like(hidden) if wanted[0] else hidden.new_empty(0),
         torch.empty_like(head_weight) if wanted[1] else hidden.new_empty(0),
         hidden.new_empty(len(head_weight) if wanted[2] else 0),
@@ -199,21 +222,25 @@ def _(
 
 
 def _keep_gradients(ctx, inputs, output):
+    ctx.mark_non_differentiable(*output[1:])
     ctx.save_for_backward(*output[5:])
     ctx.wanted = inputs[-1]
-    ctx.set_materialize_grads(False)
 
 
 def _hand_out_gradients(ctx, upstream, *_):
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "linear_weighted_cross_entropy has no second derivatives: use weighted_cross_entropy for them"
+        )
+    unit, *gradients = ctx.saved_tensors
+    factor = upstream * unit
     # To know it on a GPU the CPU would have to wait; what only stands for a tensor, while it is traced, has no value.
-    unchanged = (
-        upstream is not None and upstream.device.type == "cpu" and type(upstream) is torch.Tensor and upstream == 1
-    )
-    gradients = [
-        (gradient if unchanged else gradient * upstream) if wanted and upstream is not None else None
-        for gradient, wanted in zip(ctx.saved_tensors, ctx.wanted, strict=True)
+    unchanged = factor.device.type == "cpu" and type(factor) is torch.Tensor and factor == 1
+    handed_out = [
+        (gradient if unchanged else gradient * factor) if wanted else None
+        for gradient, wanted in zip(gradients, ctx.wanted, strict=True)
     ]
-    return (*gradients, *[None] * 11)
+    return (*handed_out, *[None] * 11)
 
 
 _linear_cross_entropy.register_autograd(_hand_out_gradients, setup_context=_keep_gradients)
@@ -226,23 +253,28 @@ def _chunks(graded: int, rows: int, size: int):
             yield start, min(start + size, last)
 
 
-def _has_products(dtype: torch.dtype) -> bool:
-    """Whether this CPU multiplies matrices of a type as it is."""
-    if dtype == torch.bfloat16:
-        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    if dtype == torch.float16:
-        return torch.ops.mkldnn._is_mkldnn_fp16_supported()
-    return True
+def _limits(tensor: torch.Tensor) -> tuple[int, int, int]:
+    return _LIMITS.get(tensor.device.type, _LIMITS["cuda"])
 
 
-def _add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
-    """total += left @ right, summed in the type of total."""
+def _product_type(tensor: torch.Tensor) -> torch.dtype:
+    """The type in which matrices are multiplied: on a CPU without instructions for a narrow one, which torch then emulates slowly, float32."""
+    if tensor.device.type != "cpu" or tensor.element_size() > 2:
+        return tensor.dtype
+    native = "_is_mkldnn_bf16_supported" if tensor.dtype == torch.bfloat16 else "_is_mkldnn_fp16_supported"
+    return tensor.dtype if getattr(torch.ops.mkldnn, native)() else torch.float32
+
+
+def _add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor, first: bool) -> None:
+    """total += left @ right, summed in the type of total, which holds nothing yet at first."""
+    beta = 0 if first else 1
     if total.dtype == right.dtype:
-        total.addmm_(left, right)
+        torch.addmm(total, left, right, beta=beta, out=total)
     elif total.is_cuda:
-        torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
+        torch.addmm(total, left, right, beta=beta, out_dtype=total.dtype, out=total)
     else:
-        total += left @ right
+        product = left @ right
+        total.copy_(product) if first else total.add_(product)
 
 
 def _row_pass_for(logits: torch.Tensor):
@@ -274,7 +306,7 @@ def row_pass(
 
     values, losses, shifted (where there is a shift), correct: `[rows]`, filled here. Works on few rows at a time, so that on a CPU they stay in its caches.
     """
-    together = max(1, _BLOCK[logits.device.type] // (4 * logits.shape[1]))
+    together = max(1, _limits(logits)[2] // (4 * logits.shape[1]))
     shifted = losses if shifted is None else shifted
     blocks = [each.split(together) for each in (logits, labels, factors, values, losses, shifted, correct)]
     for narrow, *others in zip(*blocks, strict=True):

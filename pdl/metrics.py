@@ -49,6 +49,7 @@ class Meter:
         self.loss, self.buckets = loss, buckets
         self.sums = torch.zeros(len(self._NAMES), dtype=torch.float64, device=loss.weights.device)
 
+    @torch.no_grad()
     def add(self, sums: LossSums, labels: torch.Tensor, read: torch.Tensor | int = 0) -> None:
         """Add one micro-batch. labels: those that gave `sums`. read: tokens the model read, padding excluded."""
         supervised = labels[labels != -100]

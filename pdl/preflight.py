@@ -27,7 +27,7 @@ import torch.distributed as dist
 
 from pdl import distributed, watch
 from pdl.config import Config, UserError, flattened
-from pdl.distributed import gathered, say
+from pdl.distributed import RunFailed, gathered, say
 from pdl.hosts import Hosts, by_value, difference, ranges
 from pdl.records import examples_hash, source_hash
 from pdl.storage import find_storage, writable
@@ -95,22 +95,30 @@ def _hosts() -> Hosts:
 
 
 def _on_every_rank(hosts: Hosts, problems: list[str], work: Callable[[], T]) -> list[T | None]:
-    """What `work` returns on each rank, None where it failed: then `problems` has one more for every kind of failure."""
-    result, failure = None, None
+    """What `work` returns on each rank, None where it was refused: then `problems` has one more for every kind of refusal.
+
+    Raises RunFailed on all ranks where it broke on one: no rank is to wait for it.
+    """
+    result, refused, broken = None, None, None
     try:
         result = work()
     except (UserError, OSError) as error:
-        failure = str(error)
-    except Exception as error:  # of ours; the other ranks are not to wait for this one
+        refused = str(error)
+    except Exception as error:
         traceback.print_exc()
-        failure = traceback.format_exception_only(error)[-1].strip()
-    outcomes = gathered((result, failure))
-    failures = by_value([failure for _, failure in outcomes])
-    for message, ranks in failures:
-        if message is not None:
-            alike = len(ranks) == len(outcomes)  # nothing to do with a host
-            problems.append(message if alike else f"{hosts.where(ranks)}: {message}")
-    return [result for result, _ in outcomes]
+        broken = traceback.format_exception_only(error)[-1].strip()
+    outcomes = gathered((result, refused, broken))
+
+    def told(messages: list[str | None]) -> list[str]:
+        found = [(message, ranks) for message, ranks in by_value(messages) if message is not None]
+        alike = len(messages)  # nothing to do with a host
+        return [message if len(ranks) == alike else f"{hosts.where(ranks)}: {message}" for message, ranks in found]
+
+    results, refusals, failures = (list(each) for each in zip(*outcomes, strict=True))
+    if any(failures):
+        raise RunFailed("; ".join(told(failures)))
+    problems += told(refusals)
+    return results
 
 
 # --- what is compared ---

@@ -59,6 +59,8 @@ class Progress:
                 f"cross-entropy {values['train/cross_entropy']:.3f}",
                 f"{values['train/tokens_per_second']:,.0f} tokens/s",
             ]
+            if "train/row_sampling" in values:
+                parts.append("(approximate: rows sampled)")
         if "validation/cross_entropy" in values:
             parts.append(f"validation cross-entropy {values['validation/cross_entropy']:.3f}")
         line = f"step {done}/{self.last_step}  " + "  ".join(parts)

@@ -1,5 +1,5 @@
-"""The pass over a chunk of logits on a GPU, as one Triton kernel: a program for each row, which reads it twice (the second time from
-the L2 cache: rows of 132 programs fit) and writes it once. The formulas are those of `pdl.linear_cross_entropy`.
+"""The pass over a chunk of logits on a GPU, as one Triton kernel: a program for each row, which reads it twice and writes it once. How
+much of the second reading the L2 cache serves depends on the vocabulary. The formulas are those of `pdl.linear_cross_entropy`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ def _row(
     logits_pointer, bias_pointer, shift_pointer, labels_pointer, factors_pointer,
     values_pointer, losses_pointer, shifted_pointer, correct_pointer,
     stride, logit_scale, softcap, label_smoothing, z_loss, certain, uncertain,
-    vocabulary: tl.constexpr, BIASED: tl.constexpr, SHIFTED: tl.constexpr, ADJUSTED: tl.constexpr, CAPPED: tl.constexpr, SMOOTHED: tl.constexpr, MODULATED: tl.constexpr, GRADIENT: tl.constexpr,
+    vocabulary: tl.constexpr, padded: tl.constexpr, BIASED: tl.constexpr, SHIFTED: tl.constexpr, ADJUSTED: tl.constexpr, CAPPED: tl.constexpr, SMOOTHED: tl.constexpr, MODULATED: tl.constexpr, GRADIENT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)  # rows times their length may be more than 2**31
@@ -37,25 +37,30 @@ def _row(
     everything = 0.0  # sum of the logits, for label smoothing
     for start in range(0, vocabulary, BLOCK):
         inside = start + places < vocabulary
-        z = tl.load(logits_pointer + start + places, mask=inside, other=-float("inf")).to(tl.float32)
+        # Up to where the next row begins, so that whole vectors are read; what stands behind the vocabulary has no meaning.
+        z = tl.load(logits_pointer + start + places, mask=start + places < padded, other=0.0).to(tl.float32)
         if BIASED:
             z += tl.load(bias_pointer + start + places, mask=inside, other=0.0).to(tl.float32)
         z *= logit_scale
         if CAPPED:
             z = softcap * (2.0 / (1.0 + tl.exp(-2.0 / softcap * z)) - 1.0)
-            z = tl.where(inside, z, -float("inf"))
+        z = tl.where(inside, z, -float("inf"))
         if SHIFTED:
             other = z + tl.load(shift_pointer + start + places, mask=inside, other=0.0).to(tl.float32)
             if ADJUSTED:
                 z, other = other, z
             before = other_largest
             other_largest = tl.maximum(other_largest, tl.max(other))
-            other_total = other_total * tl.exp(before - other_largest) + tl.sum(tl.exp(other - other_largest))
+            base = tl.where(
+                other_largest == -float("inf"), 0.0, other_largest
+            )  # of a block that is impossible as a whole
+            other_total = other_total * tl.exp(before - base) + tl.sum(tl.exp(other - base))
         if SMOOTHED:
             everything += tl.sum(tl.where(inside, z, 0.0))
         before = largest
         largest = tl.maximum(largest, tl.max(z))
-        total = total * tl.exp(before - largest) + tl.sum(tl.exp(z - largest))
+        base = tl.where(largest == -float("inf"), 0.0, largest)
+        total = total * tl.exp(before - base) + tl.sum(tl.exp(z - base))
 
     label_z = tl.load(logits_pointer + label).to(tl.float32)
     if BIASED:
@@ -93,7 +98,7 @@ def _row(
         of_p = factor * (1.0 + 2.0 * z_loss * logsumexp) / total
         for start in range(0, vocabulary, BLOCK):
             inside = start + places < vocabulary
-            z = tl.load(logits_pointer + start + places, mask=inside, other=-float("inf")).to(tl.float32)
+            z = tl.load(logits_pointer + start + places, mask=start + places < padded, other=0.0).to(tl.float32)
             if BIASED:
                 z += tl.load(bias_pointer + start + places, mask=inside, other=0.0).to(tl.float32)
             z *= logit_scale
@@ -109,7 +114,8 @@ def _row(
                 gradient -= factor * label_smoothing / vocabulary
             gradient -= tl.where(start + places == label, factor * (1.0 - label_smoothing), 0.0)
             gradient *= slope
-            tl.store(logits_pointer + start + places, gradient.to(logits_pointer.dtype.element_ty), mask=inside)
+            gradient = gradient.to(logits_pointer.dtype.element_ty)
+            tl.store(logits_pointer + start + places, gradient, mask=start + places < padded)
 
 
 def row_pass(
@@ -130,15 +136,18 @@ def row_pass(
 ) -> None:
     """Fill values, losses, shifted (where there is a shift) and correct `[rows]` from logits `[rows, vocabulary]`, which become their gradient where that is wanted.
 
-    logits: float32 or narrower, rows contiguous. labels: int64, factors: float64 `[rows]`. values, losses: float32.
+    logits: float32 or narrower, rows contiguous; what stands between one row and the next is written to. labels: int64, factors: float64 `[rows]`. values, losses: float32.
     """
     rows, vocabulary = logits.shape
     if rows == 0:
         return
-    _row[(rows,)](
-        logits, bias, shift, labels, factors, values, losses, losses if shifted is None else shifted, correct,
-        logits.stride(0), logit_scale, softcap, *objective,
-        vocabulary=vocabulary, BIASED=bias is not None, SHIFTED=shift is not None, ADJUSTED=adjusted, CAPPED=softcap != 0.0, SMOOTHED=objective.label_smoothing != 0.0,
-        MODULATED=objective.certain != 0.0 or objective.uncertain != 0.0, GRADIENT=with_gradient,
-        BLOCK=min(_BLOCK, triton.next_power_of_2(vocabulary)), num_warps=_WARPS,
-    )  # fmt: skip
+    padded = min(logits.stride(0), -(-vocabulary // 16) * 16) if rows > 1 else vocabulary
+    with torch.cuda.device_of(logits):  # where Triton is to launch it
+        _row[(rows,)](
+            logits, bias, shift, labels, factors, values, losses, losses if shifted is None else shifted, correct,
+            logits.stride(0), logit_scale, softcap, *objective, vocabulary=vocabulary, padded=padded,
+            BIASED=bias is not None, SHIFTED=shift is not None, ADJUSTED=adjusted,
+            CAPPED=softcap != 0.0, SMOOTHED=objective.label_smoothing != 0.0,
+            MODULATED=objective.certain != 0.0 or objective.uncertain != 0.0, GRADIENT=with_gradient,
+            BLOCK=min(_BLOCK, triton.next_power_of_2(vocabulary)), num_warps=_WARPS,
+        )  # fmt: skip

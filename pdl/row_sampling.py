@@ -28,7 +28,7 @@ class Draw:
     factors: torch.Tensor
 
     def estimate(self, sums: LossSums) -> LossSums:
-        """From the sums over kept rows those over all: what a kept row has of `token_losses` and the like stands for 1 / probability rows."""
+        """Estimates, float64: from the sums over kept rows those over all: what a kept row has of `token_losses` and the like stands for 1 / probability rows."""
         kept = self.factors > 0
 
         def of_all(values: torch.Tensor) -> torch.Tensor:

@@ -76,7 +76,7 @@ def beat(doing: str, hang_seconds: float | None = None) -> None:
         faulthandler.cancel_dump_traceback_later()
     elif hang_seconds is not None or now - _watch.beaten_at > min(1.0, _watch.hang_seconds / 10):
         # That thread is first, with a name to the dump; this one needs no interpreter, should that be stuck too.
-        faulthandler.dump_traceback_later(_watch.hang_seconds + 2 * _DUMP_SECONDS, exit=True)
+        faulthandler.dump_traceback_later(_watch.hang_seconds + 2 * _DUMP_SECONDS, exit=True, file=sys.__stderr__)
         _watch.beaten_at = now
 
 

@@ -92,7 +92,7 @@ CONFIGURATIONS = {
     "fraction for a count": (["training.seed=1.5"], ["training.seed=1.5", "whole number"]),
     "number for a switch": (["loss.normalize=1"], ["loss.normalize=1", "true or false"]),
     "list for a text": (["task=[dialogue]"], ["task=['dialogue']", "must be a text"]),
-    "unknown loss": (["loss.name=focal"], ["loss.name='focal'", "power_law, cross_entropy"]),
+    "unknown loss": (["loss.name=focus"], ["loss.name='focus'", "power_law, logit_adjusted, cross_entropy, focal"]),
     "unknown reduction": (["loss.reduction=mean"], ["loss.reduction='mean'", "weighted_mean, token_mean, sum"]),
     "alpha missing": (["loss.alpha=null"], ["loss.alpha is missing"]),
     "alpha negative": (["loss.alpha=-0.25"], ["loss.alpha=-0.25", ">= 0"]),

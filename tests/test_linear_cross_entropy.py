@@ -284,7 +284,7 @@ def test_the_logits_are_never_there_all_at_once():
     given = inputs(300, 4, 500, seed=7, ignored=0, dtype=torch.float32)
     with Largest() as made:
         _linear_cross_entropy._init_fn(*operator_arguments(given, 300, 20, [True, True, False]))
-    assert made.elements == 20 * 500
+    assert made.elements == 20 * 512  # rows begin at multiples of 16
 
 
 def test_no_work_for_gradients_that_nobody_wants():
@@ -338,10 +338,108 @@ def test_types_that_differ_are_refused():
         linear_weighted_cross_entropy(**given)
 
 
-def test_backward_runs_as_often_as_one_likes():
+@pytest.mark.parametrize("factor", [1, 2])
+def test_backward_runs_as_often_as_one_likes(factor):
     given = inputs(5, 4, 6, seed=12)
-    loss = 2 * linear_weighted_cross_entropy(**given).weighted
-    loss.backward(retain_graph=True)
-    once = given["head_weight"].grad.clone()
+    loss = factor * linear_weighted_cross_entropy(**given).weighted
+    (once,) = torch.autograd.grad(loss, given["head_weight"], retain_graph=True)
+    once = once.clone()
+    for _ in range(3):
+        loss.backward(retain_graph=True)
+    torch.testing.assert_close(given["head_weight"].grad, 3 * once)
+    given["head_weight"].grad.mul_(0)  # what was handed out is the caller's
     loss.backward()
-    torch.testing.assert_close(given["head_weight"].grad, 2 * once)
+    torch.testing.assert_close(given["head_weight"].grad, once)
+
+
+def test_only_the_weighted_sum_has_a_gradient_and_it_has_no_second_one():
+    given = inputs(5, 4, 6, seed=13, shift=torch.linspace(-1, 1, 6))
+    sums = linear_weighted_cross_entropy(**given)
+    differentiable = [
+        name for name, value in vars(sums).items() if isinstance(value, torch.Tensor) and value.requires_grad
+    ]
+    assert differentiable == ["weighted"]
+    with pytest.raises(RuntimeError, match="no second derivatives"):
+        torch.autograd.grad(sums.weighted, given["hidden"], create_graph=True)
+
+
+def test_small_gradients_survive_float16_as_they_do_over_logits():
+    """The loss is scaled up, and the gradients with it; here they are made before the scale is known."""
+    given = inputs(64, 32, 1000, seed=14, dtype=torch.float16, denominator=torch.tensor(1e8))
+    *_, expected = reference(**given)
+    factor = 2.0**16
+    errors = []
+    for sums in (linear_weighted_cross_entropy(**given), over_logits(**given)):
+        gradients = torch.autograd.grad(factor * sums.weighted, [given["hidden"], given["head_weight"]])
+        errors.append(
+            [
+                relative(found / factor, right)
+                for found, right in zip(map(torch.Tensor.double, gradients), expected, strict=True)
+            ]
+        )
+    for here, there in zip(*errors, strict=True):
+        assert here <= 1.1 * there + 1e-3, errors
+
+
+def test_what_cannot_be_is_refused():
+    given = inputs(5, 4, 6, seed=15)
+    with pytest.raises(ValueError, match="chunk_rows must be at least 1, not 0"):
+        linear_weighted_cross_entropy(**given, chunk_rows=0)
+    with pytest.raises((IndexError, RuntimeError)):
+        linear_weighted_cross_entropy(**given | {"labels": torch.tensor([0, 1, 2, 3, 6])})
+
+
+def test_autocast_leaves_float64_alone():
+    given = inputs(9, 4, 6, seed=16)
+    with torch.autocast("cpu", torch.bfloat16):
+        sums = linear_weighted_cross_entropy(**given)
+    assert torch.equal(sums.weighted, linear_weighted_cross_entropy(**given).weighted)
+
+
+# --- on a GPU ---
+
+
+def on_gpu(given: dict) -> dict:
+    moved = {name: value.detach().cuda() if isinstance(value, torch.Tensor) else value for name, value in given.items()}
+    return moved | {name: moved[name].requires_grad_() for name in ("hidden", "head_weight", "bias") if name in moved}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("chunk_rows", [None, 128])
+@pytest.mark.parametrize(
+    "more", [{}, {"softcap": 20.0, "logit_scale": 0.5, "objective": OBJECTIVES[-1]}, {"shift": True, "adjusted": True}]
+)
+def test_on_a_gpu_no_less_exact_than_over_logits(monkeypatch, dtype, chunk_rows, more):
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
+    given = inputs(700, 64, 1003, seed=1, dtype=dtype) | more
+    if "shift" in more:
+        given["shift"] = torch.linspace(-2, 2, 1003)
+    given["bias"] = torch.linspace(-1, 1, 1003, dtype=dtype).requires_grad_()
+    loss, losses, expected = reference(**given)
+    given, errors = on_gpu(given), []
+    for sums in (linear_weighted_cross_entropy(**given, chunk_rows=chunk_rows), over_logits(**given)):
+        gradients = torch.autograd.grad(sums.weighted, [given["hidden"], given["head_weight"], given["bias"]])
+        errors.append(
+            [
+                relative(found.cpu(), right)
+                for found, right in zip(
+                    (sums.weighted, sums.token_losses, *gradients), (loss, losses, *expected), strict=True
+                )
+            ]
+        )
+    for here, there in zip(*errors, strict=True):
+        assert here <= 1.2 * there + 2e-6, errors
+
+
+@pytest.mark.gpu
+def test_a_gpu_is_waited_for_once():
+    given = on_gpu(inputs(300, 64, 1000, seed=2, dtype=torch.bfloat16))
+    linear_weighted_cross_entropy(**given).weighted.backward()  # compiles
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with pytest.warns(UserWarning, match="synchroniz") as waits:
+            linear_weighted_cross_entropy(**given).weighted.backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert len(waits) == 1, [str(wait.message) for wait in waits]

@@ -3,13 +3,11 @@
 import pytest
 import torch
 
-# Read when a kernel is made, and when it runs; not for the processes that other tests start.
-with pytest.MonkeyPatch.context() as patch:
-    patch.setenv("TRITON_INTERPRET", INTERPRETED := "0" if torch.cuda.is_available() else "1")
-    row_kernel = pytest.importorskip("pdl.row_kernel", reason="needs Triton: pip install triton", exc_type=ImportError)
-
 from pdl.cross_entropy import Objective
 from pdl.linear_cross_entropy import row_pass
+
+pytest.importorskip("triton", reason="needs Triton: pip install triton")
+from pdl import row_kernel
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 OBJECTIVES = [
@@ -28,7 +26,6 @@ OBJECTIVES = [
     [(1.0, 0.0, False, False, False), (0.5, 3.0, True, True, True), (2.0, 0.0, True, True, False)],
 )
 def test_the_same_as_in_torch(monkeypatch, dtype, objective, logit_scale, softcap, biased, shifted, adjusted):
-    monkeypatch.setenv("TRITON_INTERPRET", INTERPRETED)
     monkeypatch.setattr(row_kernel, "_BLOCK", 16)  # several, of which the last is not full
     generator = torch.Generator().manual_seed(0)
     logits = (4 * torch.randn(3, 45, generator=generator)).to(DEVICE, dtype)
@@ -70,6 +67,28 @@ def test_the_same_as_in_torch(monkeypatch, dtype, objective, logit_scale, softca
             )
         for expected, found in zip(*results, strict=True):
             torch.testing.assert_close(found, expected, rtol=1e-5 if dtype == torch.float32 else 1e-2, atol=2e-6)
+
+
+@pytest.mark.parametrize("stride", [45, 48, 64])
+def test_rows_that_stand_apart_and_logits_that_are_impossible(monkeypatch, stride):
+    """A whole block of them, and a negative scale; what stands behind a row is not part of it."""
+    monkeypatch.setattr(row_kernel, "_BLOCK", 16)
+    generator = torch.Generator().manual_seed(1)
+    storage = torch.full((3, stride), 1e4, device=DEVICE)
+    storage[:, :45] = torch.randn(3, 45, generator=generator).to(DEVICE)
+    bias = torch.zeros(45, device=DEVICE)
+    bias[:20] = float("inf")  # times the scale: impossible
+    labels, factors = torch.tensor([44, 20, 30], device=DEVICE), torch.ones(3, dtype=torch.float64, device=DEVICE)
+    results = []
+    for work in (row_pass, row_kernel.row_pass):
+        into = storage.clone()[:, :45]
+        values, losses = torch.zeros(3, device=DEVICE), torch.zeros(3, device=DEVICE)
+        correct = torch.zeros(3, dtype=torch.bool, device=DEVICE)
+        work(into, bias, None, labels, factors, values, losses, None, correct, Objective(), False, -0.5, 0.0, True)
+        results.append((values, losses, correct.float(), into))
+    assert results[0][1].isfinite().all()
+    for expected, found in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=2e-6)
 
 
 @pytest.mark.gpu

@@ -90,6 +90,9 @@ def with_configuration(arguments: argparse.Namespace, work: Callable[[Config], i
     except UserError as error:
         distributed.say(f"pdl: {error}", file=sys.stderr)
         code = _refused()
+    except distributed.RunFailed as error:  # on every rank alike, before there is a run
+        distributed.say(f"pdl: {error}", file=sys.stderr)
+        code = 1
     watch.end()
     distributed.stop()
     return code

@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from pdl import distributed
 from pdl.__main__ import main
-from pdl.config import UserError, load_config
+from pdl.config import load_config
 from pdl.preflight import on_every_host, preflight
 
 
@@ -24,6 +24,14 @@ def run(told: list) -> int:
     for name, value in being.items():
         globals()[f"_{name}"](value)
     return main(arguments)
+
+
+def ask_the_store(_) -> int:
+    """For how long it is waited for what a group that is made later needs, in hours."""
+    distributed.start()
+    print(dist.distributed_c10d._get_default_store().timeout.total_seconds() / 3600)
+    distributed.stop()
+    return 0
 
 
 def begin_to_train(arguments: list[str]) -> int:
@@ -43,9 +51,9 @@ def divide_by(divisor: int) -> int:
 
     try:
         on_every_host(work)
-    except UserError as error:
+    except distributed.RunFailed as error:
         distributed.say(str(error))
-        return 2
+        return 1
     finally:
         distributed.stop()
     return 0
