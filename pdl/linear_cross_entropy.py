@@ -16,7 +16,7 @@ from pdl.cross_entropy import LossSums, Objective, weight_of_tokens
 
 # Rows whose logits exist at the same time, the bytes that those may take, and the bytes in float32 of what the pass in torch works on
 # together. With fewer rows matrix products are slow; what a pass works on a CPU holds in its caches.
-_LIMITS = {"cpu": (512, 32 << 20, 2 << 20), "cuda": (4096, 5 << 29, 256 << 20)}
+_LIMITS = {"cpu": (512, 128 << 20, 2 << 20), "cuda": (4096, 5 << 29, 256 << 20)}
 
 
 def linear_weighted_cross_entropy(
