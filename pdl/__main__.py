@@ -9,6 +9,7 @@ COMMANDS = {
     "train": "finetune a model from a configuration",
     "preflight": "look at all ranks of a launch: versions, data, disks, clocks, network",
     "count": "count the targets of a corpus, for training on it as a stream",
+    "evaluate": "measure a finished run: cross-entropy by frequency, generated texts, scores",
     "checkpoints": "list, verify and prune the checkpoints of a run",
     "export": "make a model for from_pretrained of a checkpoint, without a GPU",
 }

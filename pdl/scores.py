@@ -41,10 +41,49 @@ def exact_match(predictions: Sequence[str], references: References) -> float:
     )
 
 
-def distinct(predictions: Sequence[str], n: int) -> float:
-    """Distinct n-grams of words over all n-grams of the predictions (Li et al. 2016). Falls with sample size: compare equal sizes."""
-    grams = [tuple(words[i : i + n]) for words in map(str.split, predictions) for i in range(len(words) - n + 1)]
+def distinct(predictions: Sequence[str], n: int, most: int | None = None) -> float:
+    """Distinct n-grams of words over all n-grams of the predictions (Li et al. 2016), or over the first `most` of them.
+
+    It falls with their number: compare equal ones.
+    """
+    grams = [gram for prediction in predictions for gram in _grams(prediction, n)][:most]
     return len(set(grams)) / len(grams) if grams else 0.0
+
+
+def repetition(predictions: Sequence[str], n: int) -> float:
+    """The share of n-grams of words that were there before in the same text, the mean over texts that have any; in percent."""
+    shares = [
+        1 - len(set(grams)) / len(grams) for grams in (_grams(prediction, n) for prediction in predictions) if grams
+    ]
+    return 100 * sum(shares) / len(shares) if shares else 0.0
+
+
+def self_bleu(predictions: Sequence[str]) -> float:
+    """BLEU of each text with all others as its references, the mean (Zhu et al. 2018): 100 where all are alike. Compare equal numbers."""
+    from sacrebleu.metrics import BLEU
+
+    bleu = BLEU(effective_order=True)
+    others = [[*predictions[:i], *predictions[i + 1 :]] for i in range(len(predictions))]
+    scores = [bleu.sentence_score(text, rest).score for text, rest in zip(predictions, others, strict=True) if rest]
+    return sum(scores) / len(scores) if scores else 0.0
+
+
+def pinc(predictions: Sequence[str], sources: Sequence[str], most: int = 4) -> float:
+    """How much of a paraphrase is not its source's (Chen and Dolan 2011): the share of n-grams up to `most` that are new; in percent."""
+    found = []
+    for prediction, source in zip(predictions, sources, strict=True):
+        new = [
+            len(own - set(_grams(source, n))) / len(own)
+            for n in range(1, most + 1)
+            if (own := set(_grams(prediction, n)))
+        ]
+        found.append(sum(new) / len(new) if new else 0.0)
+    return 100 * sum(found) / len(found) if found else 0.0
+
+
+def _grams(text: str, n: int) -> list[tuple[str, ...]]:
+    words = text.split()
+    return [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
 
 
 def length_ratio(predictions: Sequence[str], references: References) -> float:

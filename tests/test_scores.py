@@ -59,3 +59,27 @@ def test_published_outputs_score_as_published(system, published):
 
 def _lines(path: Path) -> list[str]:
     return path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
+
+
+def test_distinct_over_the_first_so_many():
+    assert scores.distinct(["a b c a", "x y"], 1, 3) == 1.0
+    assert scores.distinct(["a b c a", "x y"], 1, 4) == 0.75
+
+
+def test_repetition_is_within_a_text():
+    assert scores.repetition(["a a a a", "a b c d"], 1) == pytest.approx(100 * (3 / 4 + 0) / 2)
+    assert scores.repetition(["a b", ""], 3) == 0.0
+
+
+def test_self_bleu():
+    alike = ["the cat sat on the mat"] * 3
+    apart = ["the cat sat on the mat", "one two three four five", "red green blue black white"]
+    assert scores.self_bleu(alike) == pytest.approx(100) and scores.self_bleu(apart) < 10
+    assert scores.self_bleu(["alone"]) == 0.0
+
+
+def test_pinc():
+    assert scores.pinc(["a b c"], ["a b c"]) == 0
+    assert scores.pinc(["x y"], ["a b c"]) == 100
+    # Of one-, two- and three-grams 1/3, 1/2 and 1/1 are new; there is no four-gram.
+    assert scores.pinc(["a b x"], ["a b c"]) == pytest.approx(100 * (1 / 3 + 1 / 2 + 1) / 3)

@@ -65,12 +65,27 @@ def with_configuration(arguments: argparse.Namespace, work: Callable[[Config], i
         except UserError as error:
             print(f"pdl: {error}", file=sys.stderr)
             return 2
+
+    def with_it() -> int:
+        from pdl import distributed, preflight
+
+        return work(
+            preflight.on_every_host(
+                lambda: load_config(arguments.config, arguments.overrides, ranks or distributed.world_size())
+            )
+        )
+
+    return on_ranks(with_it)
+
+
+def on_ranks(work: Callable[[], int]) -> int:
+    """Do `work` as one rank of those that the environment describes. Returns the exit code."""
     from pdl import watch
 
     watch.start()  # before the imports, which take seconds
     from transformers.utils import logging
 
-    from pdl import distributed, preflight
+    from pdl import distributed
 
     logging.disable_progress_bar()
     try:
@@ -83,10 +98,7 @@ def with_configuration(arguments: argparse.Namespace, work: Callable[[Config], i
         print(f"pdl: rank {os.environ['RANK']} on {error}", file=sys.stderr)
         return 1
     try:
-        config = preflight.on_every_host(
-            lambda: load_config(arguments.config, arguments.overrides, ranks or distributed.world_size())
-        )
-        code = work(config)
+        code = work()
     except UserError as error:
         distributed.say(f"pdl: {error}", file=sys.stderr)
         code = _refused()

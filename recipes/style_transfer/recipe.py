@@ -21,6 +21,7 @@ def scores(predictions: list[str], examples: list[Example]) -> dict[str, float]:
     return {
         "bleu": score.bleu(predictions, references),
         "copied_percent": 100 * copied / len(examples),
+        "pinc": score.pinc(predictions, [example.source for example in examples]),
         "distinct2": score.distinct(predictions, 2),
         "length_ratio": score.length_ratio(predictions, references),
     }
