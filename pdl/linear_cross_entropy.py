@@ -225,6 +225,7 @@ def _keep_gradients(ctx, inputs, output):
     ctx.mark_non_differentiable(*output[1:])
     ctx.save_for_backward(*output[5:])
     ctx.wanted = inputs[-1]
+    ctx.set_materialize_grads(False)  # else each of the other outputs would get zeros of its size
 
 
 def _hand_out_gradients(ctx, upstream, *_):
@@ -232,6 +233,8 @@ def _hand_out_gradients(ctx, upstream, *_):
         raise RuntimeError(
             "linear_weighted_cross_entropy has no second derivatives: use weighted_cross_entropy for them"
         )
+    if upstream is None:
+        return (None,) * 14
     unit, *gradients = ctx.saved_tensors
     factor = upstream * unit
     # To know it on a GPU the CPU would have to wait; what only stands for a tensor, while it is traced, has no value.

@@ -352,6 +352,16 @@ def test_backward_runs_as_often_as_one_likes(factor):
     torch.testing.assert_close(given["head_weight"].grad, once)
 
 
+def test_the_gradient_of_the_head_is_there_once():
+    """What the operator made becomes `.grad`; a copy of it would be the largest tensor but the scratch."""
+    given = inputs(64, 16, 4096, seed=17, dtype=torch.float32, ignored=0)
+    with torch.profiler.profile(profile_memory=True) as profile:
+        linear_weighted_cross_entropy(**given, chunk_rows=8).weighted.backward()
+    size = given["head_weight"].nbytes
+    made = [event.self_cpu_memory_usage for event in profile.events() if event.name == "aten::empty"]
+    assert sum(bytes >= size for bytes in made) == 1
+
+
 def test_only_the_weighted_sum_has_a_gradient_and_it_has_no_second_one():
     given = inputs(5, 4, 6, seed=13, shift=torch.linspace(-1, 1, 6))
     sums = linear_weighted_cross_entropy(**given)
