@@ -94,7 +94,7 @@ def own_all_reduces(vocabulary: int) -> list[tuple[str, str, int]]:
     return [
         ("sum of weights, number of tokens, stop or not, readable or not (float64)", "step", 32),
         ("whether every loss is finite (float32)", "step", 4),
-        ("the metrics (float64)", "log line", 120),
+        ("the metrics (float64)", "log line", 144),
         ("label counts (int64 per row of the vocabulary)", "once", 8 * vocabulary),
     ]
 
