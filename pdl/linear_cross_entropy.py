@@ -139,10 +139,11 @@ def _linear_cross_entropy(
     torch.Tensor,
     torch.Tensor,
 ]:
-    """The weighted sum; of each row what is minimized, cross-entropy, that of shifted logits (empty without a shift) and correctness; the unit of what follows; the sum's gradients.
+    """An operator of its own, which torch.compile takes as one node, as it is.
 
-    Those are to hidden, head_weight and bias. rows, labels, factors: `[M]`; gradients flow to the first `graded` of them only. wanted: which of the three are; the others are empty.
-    An operator of its own: torch.compile takes it as one node, as it is.
+    rows, labels, factors: `[M]`; gradients flow to the first `graded` of them only. wanted: whether to hidden, head_weight and bias.
+    Returns the sum of factor * value; of each row value, cross-entropy, that of the shifted logits (empty without a shift) and
+    correctness; the unit of the gradients; and those of the sum to hidden, head_weight and bias (empty where they are not wanted).
     """
     wide = torch.promote_types(hidden.dtype, torch.float32)
     vocabulary, products = len(head_weight), _product_type(hidden)
