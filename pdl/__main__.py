@@ -37,5 +37,6 @@ def main(argv: list[str]) -> int:
 
 if __name__ == "__main__":
     code = main(sys.argv[1:])
-    gc.freeze()  # the end of the process need not look through all that was imported: saves more than a second
+    if "triton" not in sys.modules:  # which then complains of leaks, at length
+        gc.freeze()  # the end of the process need not look through all that was imported: saves more than a second
     sys.exit(code)
