@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 
+import pytest
 from conftest import REPOSITORY, environment
 
 PROVIDERS = {"eager", "ours", "chunks 256"}
@@ -14,6 +15,7 @@ FIELDS = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_the_benchmark_of_the_linear_loss(tmp_path):
     script = REPOSITORY / "tests/benchmarks/linear_cross_entropy.py"
     told = ["--device", "cpu", "--dtypes", "fp32", "--shapes", "512x32x512", "--fractions", "0.3", "--runs", "2"]
