@@ -193,3 +193,5 @@ if __name__ == "__main__":
                 f"| {peaks[loss]:.2f} | {peaks[loss] / peaks['Trainer']:.3f} |"
             )
     distributed.stop()
+    sys.stdout.flush()
+    os._exit(0)  # the Trainer's thread waits for a turn that never comes
