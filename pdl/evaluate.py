@@ -18,7 +18,6 @@ import torch
 
 from pdl import distributed, scores, watch
 from pdl.config import Config, UserError, load_config
-from pdl.cross_entropy import Loss
 from pdl.data import IGNORE, Collator, Encoder, TokenRows, load_frequencies, validation_batches
 from pdl.distributed import say
 from pdl.frequencies import TokenFrequencies
@@ -26,10 +25,11 @@ from pdl.generate import Decoding, generate, load_exported
 from pdl.loss_head import loss_of
 from pdl.metrics import BUCKETS, Meter, frequency_buckets
 from pdl.model import decoder_start
+from pdl.prepare import loss_of_run, tables_of
 from pdl.records import Example, examples, load_recipe
 from pdl.storage import write_json, write_whole
 from pdl.tokenizer import tokenizer_hash
-from pdl.weights import loss_tables, power_law_weights
+from pdl.weights import power_law_weights
 
 _BINS = 15  # of confidence, for calibration
 _SAMPLE = 2000  # n-grams over which distinct-n is taken: it falls with their number
@@ -45,7 +45,7 @@ class Evaluation:
     def __init__(self, directory: Path, split: str, number: int | None):
         from transformers import AutoTokenizer
 
-        def opened() -> tuple[Config, Any, TokenFrequencies, list[Example]]:
+        def opened() -> tuple[Config, Any, torch.nn.Module, TokenFrequencies, str, list[Example]]:
             missing = [
                 name for name in ("config.yaml", "model", "frequencies.safetensors") if not (directory / name).exists()
             ]
@@ -56,14 +56,16 @@ class Evaluation:
                 raise UserError(f"{directory / 'config.yaml'} names no data.{split}")
             tokenizer = AutoTokenizer.from_pretrained(directory / "model")
             model = load_exported(directory / "model")
-            rows = model.config.get_text_config().vocab_size
+            rows, hashed = model.config.get_text_config().vocab_size, tokenizer_hash(tokenizer)
             frequencies = load_frequencies(
-                "frequencies.safetensors", directory / "frequencies.safetensors", tokenizer_hash(tokenizer), rows
+                "frequencies.safetensors", directory / "frequencies.safetensors", hashed, rows
             )
-            return config, tokenizer, model, frequencies, list(islice(examples(config, split), number))
+            return config, tokenizer, model, frequencies, hashed, list(islice(examples(config, split), number))
 
         self.directory, self.split = directory, split
-        self.config, self.tokenizer, self.model, self.frequencies, self.examples = distributed.together(opened)
+        opened_run = distributed.together(opened)
+        self.config, self.tokenizer, self.model, self.frequencies, hashed, self.examples = opened_run
+        self.tables = tables_of(self.config, self.frequencies.counts, self.tokenizer, hashed)
         if not self.examples:
             raise UserError(f"data.{split} holds no example")
         data = self.config.data
@@ -77,12 +79,11 @@ class Evaluation:
         """Of a tilt: those of `alpha`, or of the run's own loss."""
         if alpha is not None:
             return power_law_weights(self.frequencies.counts, alpha)
-        tilt = loss_tables(self.config.loss, self.frequencies.counts).tilt
-        if tilt is None:
+        if self.tables.tilt is None:
             raise UserError(
                 f"loss.name={self.config.loss.name} tilts nothing: say of what alpha the tilt is, with --alpha"
             )
-        return tilt.exp()
+        return self.tables.tilt.exp()
 
     @torch.no_grad()
     def knowledge(self) -> dict[str, float]:
@@ -94,8 +95,7 @@ class Evaluation:
             raise UserError(f"data.{self.split} has no target that a token is left of")
         table = TokenRows(datasets.Dataset.from_list(rows), "", {})
         device = distributed.device()
-        weights, tilt = loss_tables(self.config.loss, self.frequencies.counts)
-        loss = Loss(weights.to(device), untilt=None if tilt is None else -tilt.to(device))
+        loss = loss_of_run(self.config, self.tables)
         meter = Meter(loss, self.buckets.to(device))
         start = decoder_start(self.model) if self.encoder.is_encoder_decoder else None
         collator = Collator(self.tokenizer.pad_token_id, start)
@@ -121,9 +121,8 @@ class Evaluation:
         return values | {"calibration_error": float((right - confidence).abs().sum() / number.sum())}
 
     def written(self, decoding: Decoding) -> list[str]:
-        return generate(
-            self.model, self.encoder, [example.source for example in self.examples], self.size, decoding
-        )  # fmt: skip
+        sources = [example.source for example in self.examples]
+        return generate(self.model, self.encoder, sources, self.size, decoding)
 
     def scores(self, predictions: list[str]) -> dict[str, float]:
         """The recipe's, and those that any text has. On rank 0."""

@@ -8,8 +8,11 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from pdl import distributed
 from pdl.config import Config, UserError
+from pdl.cross_entropy import Loss, Objective
 from pdl.data import Encoder, TokenRows, label_frequencies, load_frequencies, rows_key, text_frequencies, token_rows
 from pdl.distributed import say
 from pdl.frequencies import TokenFrequencies
@@ -84,6 +87,32 @@ def _counted_before(config: Config, key: str, hashed: str, vocab_size: int) -> T
     return frequencies
 
 
+def tables_of(config: Config, counts: torch.Tensor, tokenizer, hashed: str) -> LossTables:
+    """What a run's loss knows of each vocabulary row, its general corpus included. A collective. hashed: of the tokenizer."""
+    general = None
+    if config.loss.general_corpus is not None:
+        general = text_frequencies(Path(config.loss.general_corpus), tokenizer, hashed, len(counts)).counts
+    try:
+        return loss_tables(config.loss, counts, general)
+    except ValueError as error:
+        raise UserError(f"loss: {error}") from error
+
+
+def loss_of_run(config: Config, tables: LossTables) -> Loss:
+    """What a run minimizes, on this rank's device."""
+    device, loss = distributed.device(), config.loss
+    return Loss(
+        weights=tables.weights.to(device),
+        reduction=loss.reduction,
+        objective=Objective(
+            label_smoothing=loss.label_smoothing, z_loss=loss.z_loss,
+            certain=1.0 if loss.name == "dft" else 0.0, uncertain=loss.gamma or 0.0,
+        ),
+        untilt=None if tables.tilt is None else -tables.tilt.to(device),
+        adjusted=loss.name == "logit_adjusted",
+    )  # fmt: skip
+
+
 def prepare(config: Config) -> Prepared:
     """Tokenizer, token rows, frequencies and weights. Raises UserError, on all ranks, for data that cannot be used."""
 
@@ -106,13 +135,7 @@ def prepare(config: Config) -> Prepared:
         frequencies = _counted_before(config, rows_key(encoder, hashes["train"], hashed), hashed, vocab_size)
     else:
         frequencies = label_frequencies(train, hashed, vocab_size, str(config.data.train))
-    general = None
-    if config.loss.general_corpus is not None:
-        general = text_frequencies(Path(config.loss.general_corpus), tokenizer, hashed, vocab_size).counts
-    try:
-        tables = loss_tables(config.loss, frequencies.counts, general)
-    except ValueError as error:
-        raise UserError(f"loss: {error}") from error
+    tables = tables_of(config, frequencies.counts, tokenizer, hashed)
     weights = tables.weights
     made_with = {
         "zero_stage": config.zero_stage,

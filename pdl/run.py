@@ -16,7 +16,6 @@ import yaml
 from pdl import distributed, watch
 from pdl.checkpoint import Checkpointer, Resume, choose_checkpoint, load_checkpoint, seed_ranks
 from pdl.config import Config, UserError, first_line
-from pdl.cross_entropy import Loss, Objective
 from pdl.data import Collator, GlobalBatches
 from pdl.distributed import RunFailed, say
 from pdl.export import export_model
@@ -32,7 +31,7 @@ from pdl.model import (
     load_model,
 )
 from pdl.preflight import preflight
-from pdl.prepare import Prepared, prepare
+from pdl.prepare import Prepared, loss_of_run, prepare
 from pdl.report import Progress, opening, report
 from pdl.row_sampling import RowSampling
 from pdl.run_directory import (
@@ -170,17 +169,7 @@ def train_model(config: Config, prepared: Prepared, storage: Storage, resume: Re
         config, distributed.world_size(), universal=resume is not None and resume.reshard, node_local=not storage.shared
     )
     engine = initialize_engine(model, adamw(model, config), settings)
-    weights, tilt = (None if table is None else table.to(device) for table in prepared.tables)
-    loss = Loss(
-        weights=weights,
-        reduction=config.loss.reduction,
-        objective=Objective(
-            label_smoothing=config.loss.label_smoothing, z_loss=config.loss.z_loss,
-            certain=1.0 if config.loss.name == "dft" else 0.0, uncertain=config.loss.gamma or 0.0,
-        ),
-        untilt=None if tilt is None else -tilt,
-        adjusted=config.loss.name == "logit_adjusted",
-    )  # fmt: skip
+    loss = loss_of_run(config, prepared.tables)
     start = decoder_start(model) if prepared.encoder.is_encoder_decoder else None
     collator = Collator(prepared.tokenizer.pad_token_id, start)
     if prepared.train is None:

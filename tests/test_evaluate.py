@@ -56,6 +56,24 @@ def test_measures_what_training_logged_and_writes_the_same_on_any_number_of_rank
     assert "rare_recall" in said and "nearest neighbour" in said
 
 
+def test_the_loss_of_another_run_is_its_own(tmp_path):
+    """With the frequencies of a general corpus in the weights, smoothed, and of untilted logits."""
+    corpus, directory = tmp_path / "general.txt", tmp_path / "run"
+    corpus.write_text("the cheese and the cave and the wheel\n" * 50)
+    settings = [
+        "loss.name=logit_adjusted",
+        f"loss.general_corpus={corpus}",
+        "loss.general_weight=0.5",
+        "loss.label_smoothing=0.1",
+    ]
+    trained = train(directory, *settings, "training.max_steps=2", "evaluation.examples=0", ranks=1)
+    assert trained.exit_codes() == [0], trained.output()
+    evaluate(directory, "--split", "validation", "--name", "one")
+    measured, last = found(directory, "one")[0]["knowledge"], logged(directory)[-1]
+    for name in ("loss", "cross_entropy_untilted", "weight_mean"):
+        assert measured[name] == pytest.approx(last[f"validation/{name}"], rel=1e-5), name
+
+
 def test_sampled_texts_depend_on_the_seed_and_not_on_the_ranks(run):
     drawn = ["--examples", "12", "--sample", "--top-p", "0.9"]
     evaluate(run, *drawn, "--name", "a")
