@@ -15,6 +15,20 @@ _WARPS = 16
 
 
 @triton.jit
+def _block(
+    logits_pointer, bias_pointer, places, logit_scale, vocabulary: tl.constexpr, padded: tl.constexpr, BIASED: tl.constexpr
+):  # fmt: skip
+    """What the product gave, with bias and scale; behind the vocabulary it has no meaning.
+
+    It is read up to where the next row begins, so that whole vectors are read.
+    """
+    z = tl.load(logits_pointer + places, mask=places < padded, other=0.0).to(tl.float32)
+    if BIASED:
+        z += tl.load(bias_pointer + places, mask=places < vocabulary, other=0.0).to(tl.float32)
+    return z * logit_scale
+
+
+@triton.jit
 def _row(
     logits_pointer, bias_pointer, shift_pointer, labels_pointer, factors_pointer,
     values_pointer, losses_pointer, shifted_pointer, correct_pointer,
@@ -37,11 +51,7 @@ def _row(
     everything = 0.0  # sum of the logits, for label smoothing
     for start in range(0, vocabulary, BLOCK):
         inside = start + places < vocabulary
-        # Up to where the next row begins, so that whole vectors are read; what stands behind the vocabulary has no meaning.
-        z = tl.load(logits_pointer + start + places, mask=start + places < padded, other=0.0).to(tl.float32)
-        if BIASED:
-            z += tl.load(bias_pointer + start + places, mask=inside, other=0.0).to(tl.float32)
-        z *= logit_scale
+        z = _block(logits_pointer, bias_pointer, start + places, logit_scale, vocabulary, padded, BIASED)
         if CAPPED:
             z = softcap * (2.0 / (1.0 + tl.exp(-2.0 / softcap * z)) - 1.0)
         z = tl.where(inside, z, -float("inf"))
@@ -98,10 +108,7 @@ def _row(
         of_p = factor * (1.0 + 2.0 * z_loss * logsumexp) / total
         for start in range(0, vocabulary, BLOCK):
             inside = start + places < vocabulary
-            z = tl.load(logits_pointer + start + places, mask=start + places < padded, other=0.0).to(tl.float32)
-            if BIASED:
-                z += tl.load(bias_pointer + start + places, mask=inside, other=0.0).to(tl.float32)
-            z *= logit_scale
+            z = _block(logits_pointer, bias_pointer, start + places, logit_scale, vocabulary, padded, BIASED)
             slope = logit_scale
             if CAPPED:
                 t = 2.0 / (1.0 + tl.exp(-2.0 / softcap * z)) - 1.0
